@@ -1,0 +1,52 @@
+"""dit-accel: training-free acceleration of diffusers' diffusion-transformer pipelines."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Names are imported on first use, so that `import dit_accel` stays light.
+_PUBLIC = {
+    "accelerate_pipeline": "dit_accel.acceleration",
+    "restore_pipeline": "dit_accel.acceleration",
+    "acceleration_report": "dit_accel.acceleration",
+    "sparse_attention": "dit_accel.functional",
+    "block_mask": "dit_accel.functional",
+    "attention_mask": "dit_accel.functional",
+    "list_methods": "dit_accel.registry",
+    "list_families": "dit_accel.registry",
+    "method_class": "dit_accel.registry",
+    "Dense": "dit_accel.methods.dense",
+    "Radial": "dit_accel.methods.radial",
+    "GNA": "dit_accel.methods.gna",
+    "SlidingWindow": "dit_accel.methods.sliding_window",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from dit_accel.acceleration import accelerate_pipeline as accelerate_pipeline
+    from dit_accel.acceleration import acceleration_report as acceleration_report
+    from dit_accel.acceleration import restore_pipeline as restore_pipeline
+    from dit_accel.functional import attention_mask as attention_mask
+    from dit_accel.functional import block_mask as block_mask
+    from dit_accel.functional import sparse_attention as sparse_attention
+    from dit_accel.methods.dense import Dense as Dense
+    from dit_accel.methods.gna import GNA as GNA
+    from dit_accel.methods.radial import Radial as Radial
+    from dit_accel.methods.sliding_window import SlidingWindow as SlidingWindow
+    from dit_accel.registry import list_families as list_families
+    from dit_accel.registry import list_methods as list_methods
+    from dit_accel.registry import method_class as method_class
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'dit_accel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,123 @@
+"""The private parts of diffusers that attachment relies on, in one place (diffusers 0.36 to 0.42)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+OWN_BACKENDS = "dit_accel_"
+"""Prefix of the names under which accelerations register."""
+
+
+def add_attention_backend(name: str, function: Callable[..., Tensor]) -> Callable[[], None]:
+    """Register ``function`` as diffusers attention backend ``name``; return how to remove it.
+
+    Diffusers keeps its backend names in a closed enum; a pseudo-member makes ``name`` valid
+    everywhere that takes one.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    names: Any = AttentionBackendName
+    registry: Any = _AttentionBackendRegistry
+    member = str.__new__(names, name)
+    member._name_, member._value_ = name.upper(), name
+    member._sort_order_ = len(names._member_names_)
+    names._member_map_[member._name_] = member
+    names._value2member_map_[name] = member
+    names._member_names_.append(member._name_)
+    options: dict[str, Any] = {"constraints": []}
+    if "supports_context_parallel" in inspect.signature(registry.register).parameters:
+        options["supports_context_parallel"] = True
+    registry.register(member, **options)(function)
+
+    def remove() -> None:
+        names._member_map_.pop(member._name_, None)
+        names._value2member_map_.pop(name, None)
+        if member._name_ in names._member_names_:
+            names._member_names_.remove(member._name_)
+        for table in (registry._backends, registry._constraints, registry._supported_arg_names):
+            table.pop(member, None)
+        getattr(registry, "_supports_context_parallel", set()).discard(name)
+        if registry._active_backend == member:
+            registry.set_active_backend(names.NATIVE)
+
+    return remove
+
+
+def backend_member(name: str) -> Any:
+    """Return the enum member of a registered backend."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return AttentionBackendName(name)
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None,
+    scale: float | None,
+    backend: Any,
+) -> Tensor:
+    """Run diffusers' own attention ``[B, N, H, D]`` with ``backend``, or the active one if None."""
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        _AttentionBackendRegistry,
+        dispatch_attention_fn,
+    )
+
+    chosen: Any = backend if backend is not None else _AttentionBackendRegistry._active_backend
+    if str(getattr(chosen, "value", chosen)).startswith(OWN_BACKENDS):
+        chosen = AttentionBackendName.NATIVE
+    return dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        scale=scale,
+        backend=chosen,
+    )
+
+
+def ulysses_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None,
+    parallel_config: Any,
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Run ``forward`` on whole sequences with a share of the heads, by diffusers' Ulysses."""
+    from diffusers.models.attention_dispatch import _templated_context_parallel_attention
+
+    def forward_op(
+        _ctx: Any, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any
+    ) -> Tensor:
+        return forward(query, key, value)
+
+    return _templated_context_parallel_attention(
+        query,
+        key,
+        value,
+        None,
+        0.0,
+        False,
+        scale,
+        False,
+        False,
+        forward_op=forward_op,
+        backward_op=None,
+        _parallel_config=parallel_config,
+    )
+
+
+def ring_degree(parallel_config: Any) -> int:
+    """Return how many ranks a parallel config splits keys and values over."""
+    context = getattr(parallel_config, "context_parallel_config", None)
+    return int(getattr(context, "ring_degree", 1) or 1)

@@ -1,0 +1,73 @@
+"""What a measurement ran on: versions, device and commit, for reports and benchmark results."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("dit-accel", "torch", "triton", "diffusers", "transformers", "accelerate")
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Return the versions, the device and, in a checkout, the commit of this process."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": describe_device(device),
+        "commit": _commit(),
+    }
+
+
+def describe_device(device: str) -> dict[str, Any]:
+    """Return name, memory and library versions of a torch device."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return {
+            "type": torch.device(device).type,
+            "name": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        }
+    properties = torch.cuda.get_device_properties(torch.device(device))
+    return {
+        "type": "cuda",
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that this file is tracked in, marked if it is dirty."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here.parent), *arguments],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed copy may lie inside somebody else's repository: ask about this very file.
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

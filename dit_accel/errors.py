@@ -1,0 +1,48 @@
+"""Every exception that dit-accel raises on purpose. Each message says what is wrong and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DitAccelError(Exception):
+    """Base class of all errors raised by dit-accel."""
+
+
+class OptionError(DitAccelError, ValueError):
+    """An option has an impossible value, or no option of that name exists."""
+
+
+class UnknownMethodError(OptionError):
+    """No method of that name is registered."""
+
+
+class UnknownPipelineError(DitAccelError, TypeError):
+    """The pipeline belongs to no known family."""
+
+
+class GridMismatchError(DitAccelError, ValueError):
+    """The token grid and the text length do not explain the number of tokens."""
+
+
+class OperatorUnavailableError(DitAccelError, RuntimeError):
+    """The attention operator that was asked for cannot run this call here."""
+
+
+class DensityUnreachableError(OptionError):
+    """The method has no pattern as sparse as the density that was asked for."""
+
+
+class ContextParallelError(DitAccelError, RuntimeError):
+    """This combination of method and context parallelism would give wrong results."""
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest of ``valid``, followed by the whole list."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
+    hint = ""
+    if near:
+        hint = f" Did you mean {next(n for n in names if n.lower() == near[0])!r}?"
+    return f"{hint} Valid: {', '.join(names)}." if names else hint

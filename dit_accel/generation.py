@@ -1,0 +1,249 @@
+"""Generating with a pipeline, dense or accelerated, timed the same way and compared."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.acceleration import accelerate_pipeline, acceleration_report, restore_pipeline
+from dit_accel.errors import OptionError
+from dit_accel.eval.fidelity import psnr
+from dit_accel.report import AccelerationReport
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a stage, the steps done and the steps in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """What to generate; None leaves a setting to the pipeline.
+
+    Raises:
+        OptionError: if a number is not positive (``guidance`` and ``seed``: is negative).
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    steps: int | None = None
+    frames: int | None = None
+    height: int | None = None  # pixels
+    width: int | None = None  # pixels
+    guidance: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("steps", "frames", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name}={value} must be at least 1.")
+        for name in ("guidance", "seed"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise OptionError(f"{name}={value} must not be negative.")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generated video or image.
+
+    Attributes:
+        frames: float32 ``[T, 3, H, W]`` in [0, 1], on the CPU; an image has T = 1.
+        total_s: seconds for the whole pipeline call, text encoding and decoding included.
+        denoise_s: seconds from the first transformer call to the end of the last step.
+    """
+
+    frames: Tensor
+    total_s: float
+    denoise_s: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same request generated densely and accelerated, one run each."""
+
+    dense: Generation
+    accelerated: Generation
+    report: AccelerationReport
+
+    @property
+    def psnr_db(self) -> float:
+        """PSNR between the two, before any video encoding; inf if they are equal."""
+        return psnr(self.accelerated.frames, self.dense.frames)
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the accelerated pipeline call was, all included."""
+        return self.dense.total_s / self.accelerated.total_s
+
+    @property
+    def denoise_speedup(self) -> float:
+        """How many times faster the denoising loop was."""
+        return self.dense.denoise_s / self.accelerated.denoise_s
+
+
+def makes_video(pipe: Any) -> bool:
+    """Whether a pipeline generates videos rather than images."""
+    return "num_frames" in _parameters(pipe)
+
+
+def pipeline_arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """Return the arguments with which ``pipe`` serves the request.
+
+    Raises:
+        OptionError: if the pipeline has no such setting, or can't make that size.
+    """
+    _check_size(pipe, request)
+    settings = {
+        "negative_prompt": request.negative_prompt,
+        "num_inference_steps": request.steps,
+        "num_frames": request.frames,
+        "height": request.height,
+        "width": request.width,
+        "guidance_scale": request.guidance,
+    }
+    arguments = {name: value for name, value in settings.items() if value is not None}
+    for name in arguments:
+        if name not in _parameters(pipe):
+            raise OptionError(f"{type(pipe).__name__} has no {name}: leave it out.")
+    return {"prompt": request.prompt, **arguments}
+
+
+def generate(
+    pipe: Any,
+    request: GenerationRequest,
+    *,
+    stage: str = "denoising",
+    progress: Progress | None = None,
+) -> Generation:
+    """Run a pipeline on one request. The seed gives the same noise on every device."""
+    arguments = pipeline_arguments(pipe, request)
+    stopwatch = _Stopwatch(pipe, stage, progress)
+    pipe.set_progress_bar_config(disable=True)
+    with stopwatch:
+        output = pipe(
+            **arguments,
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type="pt",
+            callback_on_step_end=stopwatch.step_end,
+        )
+    frames = output.frames[0] if hasattr(output, "frames") else output.images[:1]
+    return Generation(frames.float().cpu(), stopwatch.total_s, stopwatch.denoise_s)
+
+
+def compare(
+    pipe: Any,
+    request: GenerationRequest,
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Generate a request densely, then accelerated, and leave the pipeline accelerated.
+
+    Both runs are timed alike: one run each, after an untimed one of a single step, so that neither
+    pays for compiling kernels or first allocations.
+
+    Args:
+        pipe: a pipeline of a known family.
+        request: what to generate, twice.
+        method: name of the method.
+        options: keyword arguments for `accelerate_pipeline`.
+        progress: told of every step.
+
+    Raises:
+        DitAccelError: if the pipeline can't be accelerated so; before anything is generated.
+    """
+    accelerate_pipeline(pipe, method, **options)
+    restore_pipeline(pipe)
+    once = replace(request, steps=1)
+    generate(pipe, once, stage="warming up (dense)", progress=progress)
+    dense = generate(pipe, request, stage="denoising (dense)", progress=progress)
+    # Sparse from the first step on, or the warm-up would miss what it is there to compile.
+    accelerate_pipeline(pipe, method, **{**options, "dense_steps": 0, "dense_layers": 0})
+    generate(pipe, once, stage=f"warming up ({method})", progress=progress)
+    accelerate_pipeline(pipe, method, **options)
+    accelerated = generate(pipe, request, stage=f"denoising ({method})", progress=progress)
+    return Comparison(dense, accelerated, acceleration_report(pipe))
+
+
+class _Stopwatch:
+    """Times one pipeline call, and its denoising loop from the first transformer call on."""
+
+    def __init__(self, pipe: Any, stage: str, progress: Progress | None) -> None:
+        self.stage, self.progress = stage, progress
+        self.total_s = self.denoise_s = 0.0
+        self._pipe = pipe
+        self._first_call: float | None = None
+
+    def __enter__(self) -> None:
+        transformers = (
+            getattr(self._pipe, name, None) for name in ("transformer", "transformer_2")
+        )
+        self._hooks = [
+            module.register_forward_pre_hook(self._begin)
+            for module in transformers
+            if isinstance(module, nn.Module)
+        ]
+        self._started = _now()
+
+    def __exit__(self, *_: object) -> None:
+        self.total_s = _now() - self._started
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, *_: object) -> None:
+        if self._first_call is None:
+            self._first_call = _now()
+
+    def step_end(
+        self, pipe: Any, step: int, _timestep: Any, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        if self._first_call is not None:
+            self.denoise_s = _now() - self._first_call
+        if self.progress is not None:
+            self.progress(self.stage, step + 1, pipe.num_timesteps)
+        return kwargs
+
+
+def _now() -> float:
+    """Seconds, once the GPU has caught up."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def _check_size(pipe: Any, request: GenerationRequest) -> None:
+    """Refuse sizes that a pipeline would fail on, or silently round."""
+    factor = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(
+        pipe, "vae_scale_factor", None
+    )
+    if factor is not None:
+        patch = getattr(pipe.transformer.config, "patch_size", 2)
+        # FLUX packs 2 x 2 latents into a token, though its patch size says 1.
+        factor *= max(2, patch if isinstance(patch, int) else patch[-1])
+        for name in ("height", "width"):
+            value = getattr(request, name)
+            if value is not None and value % factor:
+                near = max(factor, round(value / factor) * factor)
+                raise OptionError(
+                    f"{name}={value} is not a multiple of {factor}, as {type(pipe).__name__} "
+                    f"needs: take {near}."
+                )
+    period = getattr(pipe, "vae_scale_factor_temporal", None)
+    if request.frames is not None and period and (request.frames - 1) % period:
+        near = round((request.frames - 1) / period) * period + 1
+        raise OptionError(
+            f"frames={request.frames} is not 1 more than a multiple of {period}, as "
+            f"{type(pipe).__name__} needs: take {near}."
+        )

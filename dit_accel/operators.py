@@ -1,0 +1,311 @@
+"""Who can run a block-sparse plan on this machine, and why the others can't.
+
+One check words both the refusal of an explicit choice and the note that `auto` leaves in the
+report, so what is said and what is done can't drift apart.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import OperatorUnavailableError, OptionError, did_you_mean
+from dit_accel.plan import BlockSparsePlan
+
+AttentionOutput = tuple[Tensor, Tensor | None]
+"""Output ``[B, N, H, D]`` and, where asked for, its natural-log LSE, float32 ``[B, H, N]``."""
+
+
+@dataclass(frozen=True)
+class Operator(ABC):
+    """A way to compute block-sparse attention."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def why_not_here(self) -> str | None:
+        """Return why this machine can't run it at all, or None."""
+
+    def why_not(self, plan: BlockSparsePlan, query: Tensor) -> str | None:
+        """Return why it can't run this plan on these tensors, or None."""
+        return self.why_not_here()
+
+    @abstractmethod
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: BlockSparsePlan,
+        scale: float | None,
+        return_lse: bool,
+    ) -> AttentionOutput:
+        """Attend ``[B, N, H, D]`` by ``plan``; rows as ``plan.layout`` says."""
+
+
+@dataclass(frozen=True)
+class TritonOperator(Operator):
+    """This package's Triton kernel: any size, any head size up to 256, text in place."""
+
+    name: ClassVar[str] = "triton"
+
+    def why_not_here(self) -> str | None:
+        """Need the package and an NVIDIA GPU of compute capability 8.0 or newer."""
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        major, minor = torch.cuda.get_device_capability()
+        if torch.version.hip is None and major < 8:
+            return f"compute capability {major}.{minor} is below 8.0"
+        return None
+
+    def why_not(self, plan: BlockSparsePlan, query: Tensor) -> str | None:
+        """Check device, dtype and head size too."""
+        if not query.is_cuda:
+            return f"tensors are on {query.device.type}, not on a CUDA device"
+        if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"dtype {query.dtype} is not float16, bfloat16 or float32"
+        if query.shape[-1] > 256:
+            return f"head size {query.shape[-1]} is over 256"
+        return self.why_not_here()
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: BlockSparsePlan,
+        scale: float | None,
+        return_lse: bool,
+    ) -> AttentionOutput:
+        """Run `dit_accel.kernels.block_sparse.block_sparse_attention`."""
+        from dit_accel.kernels.block_sparse import block_sparse_attention
+
+        result = block_sparse_attention(
+            query,
+            key,
+            value,
+            plan.tiles,
+            text_length=plan.layout.text_length,
+            text_first=plan.layout.text_first,
+            scale=scale,
+            return_lse=return_lse,
+        )
+        return result if return_lse else (result, None)
+
+
+@dataclass(frozen=True)
+class FlexOperator(Operator):
+    """PyTorch's FlexAttention, compiled on a GPU; on a CPU its slow but exact eager form."""
+
+    name: ClassVar[str] = "flex"
+
+    compiled: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def why_not_here(self) -> str | None:
+        """Need a torch that has it."""
+        if importlib.util.find_spec("torch.nn.attention.flex_attention") is None:
+            return f"torch {torch.__version__} has no FlexAttention"
+        return None
+
+    def why_not(self, plan: BlockSparsePlan, query: Tensor) -> str | None:
+        """On CUDA its generated kernel needs block sizes of at least 16."""
+        if query.is_cuda and plan.video_mask.BLOCK_SIZE[0] < 16:
+            return f"block size {plan.video_mask.BLOCK_SIZE[0]} is under 16"
+        return self.why_not_here()
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: BlockSparsePlan,
+        scale: float | None,
+        return_lse: bool,
+    ) -> AttentionOutput:
+        """Run ``flex_attention`` with the plan's `BlockMask`, video first."""
+        from torch.nn.attention.flex_attention import flex_attention
+
+        run = flex_attention
+        if query.is_cuda:
+            if "flex" not in self.compiled:
+                self.compiled["flex"] = torch.compile(flex_attention, dynamic=False)
+            run = self.compiled["flex"]
+        heads_first = [_text_last(x, plan).transpose(1, 2) for x in (query, key, value)]
+        result = run(*heads_first, block_mask=plan.block_mask, scale=scale, return_lse=return_lse)
+        out, lse = result if return_lse else (result, None)
+        out = _text_back(out.transpose(1, 2), plan, dim=1)
+        return out, None if lse is None else _text_back(lse.float(), plan, dim=2)
+
+
+@dataclass(frozen=True)
+class FlashAttention4Operator(Operator):
+    """flash-attn-4's block-sparse forward on Hopper and Blackwell, for plans of whole blocks."""
+
+    name: ClassVar[str] = "flash-attn-4"
+
+    def why_not_here(self) -> str | None:
+        """Need the package and compute capability 9.0 or newer."""
+        try:
+            if importlib.util.find_spec("flash_attn.cute") is None:
+                raise ModuleNotFoundError
+        except ModuleNotFoundError:
+            return "the package flash-attn-4 is not installed"
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        if torch.cuda.get_device_capability()[0] < 9:
+            return "it needs a Hopper or Blackwell GPU (compute capability 9.0 or newer)"
+        return None
+
+    def why_not(self, plan: BlockSparsePlan, query: Tensor) -> str | None:
+        """It takes 128-token blocks without per-token masks, in half precision."""
+        if reason := self.why_not_here():
+            return reason
+        if query.dtype not in (torch.float16, torch.bfloat16):
+            return f"dtype {query.dtype} is not float16 or bfloat16"
+        if plan.video_mask.BLOCK_SIZE != (128, 128):
+            return f"block size {plan.video_mask.BLOCK_SIZE[0]} is not 128"
+        if plan.layout.text_length:
+            return "text tokens share the sequence"
+        if not plan.has_whole_blocks_only:
+            return "the plan masks tokens inside blocks"
+        return None
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: BlockSparsePlan,
+        scale: float | None,
+        return_lse: bool,
+    ) -> AttentionOutput:
+        """Run its CuTe forward with the plan's full-block lists."""
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        mask = plan.video_mask
+        batch, _, heads, _ = query.shape
+        lists = [
+            x.expand(batch, heads, *x.shape[2:]).contiguous()
+            for x in (
+                mask.kv_num_blocks,
+                mask.kv_indices,
+                mask.full_kv_num_blocks,
+                mask.full_kv_indices,
+            )
+        ]
+        out, lse, *_ = _flash_attn_fwd(
+            query,
+            key,
+            value,
+            softmax_scale=scale,
+            return_lse=return_lse,
+            block_sparse_tensors=BlockSparseTensorsTorch(*lists),
+        )
+        return out, lse if return_lse else None
+
+
+@dataclass(frozen=True)
+class TorchOperator(Operator):
+    """Plain torch: gathers the visited blocks of each query block. Runs anywhere, pays on CPUs."""
+
+    name: ClassVar[str] = "torch"
+
+    def why_not_here(self) -> str | None:
+        """Always possible."""
+        return None
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: BlockSparsePlan,
+        scale: float | None,
+        return_lse: bool,
+    ) -> AttentionOutput:
+        """Run `dit_accel.kernels.gather.gathered_attention`."""
+        from dit_accel.kernels.gather import gathered_attention
+
+        ordered = [_text_last(x, plan) for x in (query, key, value)]
+        out, lse = gathered_attention(
+            *ordered, plan.key_rows, scale=scale, return_lse=return_lse
+        )
+        out = _text_back(out, plan, dim=1)
+        return out, None if lse is None else _text_back(lse, plan, dim=2)
+
+
+def make_operators() -> Mapping[str, Operator]:
+    """Return one of each operator, by name."""
+    classes = (TritonOperator, FlashAttention4Operator, FlexOperator, TorchOperator)
+    return MappingProxyType({cls.name: cls() for cls in classes})
+
+
+def list_operators() -> list[Operator]:
+    """Return all operators, for the command ``dit-accel doctor`` and other displays."""
+    return list(make_operators().values())
+
+
+def check_backend(backend: str) -> None:
+    """Raise `OptionError` unless ``backend`` is "auto" or the name of an operator."""
+    names = [*make_operators(), "auto"]
+    if backend not in names:
+        raise OptionError(f"unknown backend {backend!r}.{did_you_mean(backend, names)}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The operator that runs, and why those before it in the order of preference don't."""
+
+    operator: Operator
+    rejected: tuple[tuple[str, str], ...]
+
+
+def choose_operator(
+    backend: str, operators: Mapping[str, Operator], plan: BlockSparsePlan, query: Tensor
+) -> Choice:
+    """Pick the operator named ``backend``, or for "auto" the fastest that can run.
+
+    Raises:
+        OperatorUnavailableError: if an operator asked for by name can't run this call.
+    """
+    if backend != "auto":
+        if reason := operators[backend].why_not(plan, query):
+            raise OperatorUnavailableError(
+                f"backend {backend!r} can't run here: {reason}. Use backend='auto', or see "
+                "`dit-accel doctor`."
+            )
+        return Choice(operators[backend], ())
+    preferred = ("triton", "flash-attn-4", "flex", "torch") if query.is_cuda else ("torch",)
+    rejected = []
+    for name in preferred:
+        reason = operators[name].why_not(plan, query)
+        if reason is None:
+            return Choice(operators[name], tuple(rejected))
+        rejected.append((name, reason))
+    raise OperatorUnavailableError(f"no operator can run this call: {rejected}")
+
+
+def _text_last(tokens: Tensor, plan: BlockSparsePlan) -> Tensor:
+    """Move text rows of ``[B, N, H, D]`` behind the video rows, where they are not yet."""
+    layout = plan.layout
+    if not (layout.text_first and layout.text_length):
+        return tokens
+    return torch.cat([tokens[:, layout.text_length :], tokens[:, : layout.text_length]], 1)
+
+
+def _text_back(tokens: Tensor, plan: BlockSparsePlan, dim: int) -> Tensor:
+    """Undo `_text_last` along ``dim``."""
+    layout = plan.layout
+    if not (layout.text_first and layout.text_length):
+        return tokens
+    return torch.cat(tokens.split([layout.video_length, layout.text_length], dim)[::-1], dim)

@@ -1,0 +1,91 @@
+"""FLUX.1: dual-stream and single-stream blocks over [text | image], text first.
+
+Kontext appends the tokens of a reference image. They move in front of the image, next to the text,
+and are treated like text: every query sees them and they see everything.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dit_accel.call import TokenLayout
+from dit_accel.errors import GridMismatchError
+from dit_accel.grid import Grid
+from dit_accel.pipelines.base import (
+    ForwardInputs,
+    PipelineFamily,
+    TokenShuffle,
+    Undo,
+    hook_output,
+)
+
+
+@dataclass(frozen=True)
+class Flux(PipelineFamily):
+    """FLUX.1 dev, schnell, Kontext, Fill and the pipelines that share their transformer."""
+
+    name: ClassVar[str] = "flux"
+    transformer_classes: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
+    pipelines: ClassVar[str] = "FluxPipeline (dev, schnell), FluxKontextPipeline, FluxFillPipeline"
+
+    grids: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Grid by position-id tensor: read from the device once per generation, not per step."""
+
+    def attention_layers(self, transformer: nn.Module) -> list[nn.Module]:
+        """Return the dual-stream blocks' attention, then the single-stream blocks'."""
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        return [block.attn for block in blocks]
+
+    def read_inputs(self, transformer: nn.Module, kwargs: dict[str, Any]) -> ForwardInputs:
+        """Take the grid from ``img_ids`` ``[S, 3]`` = (segment, row, column)."""
+        ids = kwargs["img_ids"]
+        if ids not in self.grids:
+            self.grids[ids] = _target_grid(ids[0] if ids.ndim == 3 else ids)
+        grid = self.grids[ids]
+        reference = ids.shape[-2] - math.prod(grid)
+        text = kwargs["encoder_hidden_states"].shape[1]
+        return ForwardInputs(
+            layouts=(TokenLayout(grid, text + reference, text_first=True),),
+            kwargs=kwargs,
+            tail_first=reference,
+        )
+
+    def install_shuffle(self, transformer: nn.Module, shuffle: TokenShuffle) -> list[Undo]:
+        """Reorder the packed latents, their position ids and ControlNet residuals; restore last."""
+
+        def inputs(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if shuffle.gather is None:
+                return None
+            changed = dict(kwargs)
+            changed["hidden_states"] = shuffle.into(kwargs["hidden_states"], 1)
+            changed["img_ids"] = shuffle.into(kwargs["img_ids"], kwargs["img_ids"].ndim - 2)
+            for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+                if kwargs.get(name) is not None:
+                    changed[name] = [shuffle.into(tokens, 1) for tokens in kwargs[name]]
+            return args, changed
+
+        return [
+            transformer.register_forward_pre_hook(inputs, with_kwargs=True).remove,
+            hook_output(transformer.proj_out, lambda tokens: shuffle.back(tokens, 1)),
+        ]
+
+
+def _target_grid(ids: Tensor) -> Grid:
+    """Return (1, H, W) of segment 0, checking that its tokens come first and in raster order."""
+    positions = ids.detach().cpu().long()
+    target = positions[positions[:, 0] == 0]
+    height, width = (int(target[:, axis].max()) + 1 for axis in (1, 2))
+    rows = torch.arange(height * width)
+    raster = torch.stack([torch.zeros_like(rows), rows // width, rows % width], 1)
+    if not torch.equal(positions[: len(raster)], raster):
+        raise GridMismatchError(
+            f"img_ids {tuple(ids.shape)} do not begin with a {height}x{width} raster image; "
+            "accelerate_pipeline supports FLUX pipelines that pack the target image first."
+        )
+    return 1, height, width

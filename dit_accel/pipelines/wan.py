@@ -1,0 +1,91 @@
+"""Wan 2.1, Wan 2.2 (two transformers; 5B with a timestep per token) and VACE.
+
+Self-attention (``attn1``) sees video tokens only; text and image conditions have their own
+cross-attention (``attn2``), which stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from dit_accel.call import TokenLayout
+from dit_accel.pipelines.base import (
+    ForwardInputs,
+    PipelineFamily,
+    TokenShuffle,
+    Undo,
+    hook_output,
+)
+
+
+@dataclass(frozen=True)
+class Wan(PipelineFamily):
+    """Wan text-to-video, image-to-video, video-to-video and VACE pipelines."""
+
+    name: ClassVar[str] = "wan"
+    transformer_classes: ClassVar[tuple[str, ...]] = (
+        "WanTransformer3DModel",
+        "WanVACETransformer3DModel",
+    )
+    pipelines: ClassVar[str] = "WanPipeline, WanImageToVideoPipeline, WanVACEPipeline (2.1, 2.2)"
+    components: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
+
+    def variant(self, pipe: Any) -> str:
+        """Return "wan2.2" for its two-expert and 5B pipelines, else "wan"."""
+        config = getattr(pipe, "config", {})
+        newer = getattr(pipe, "transformer_2", None) is not None
+        return "wan2.2" if newer or config.get("expand_timesteps") else "wan"
+
+    def attention_layers(self, transformer: nn.Module) -> list[nn.Module]:
+        """Return every block's ``attn1``, VACE's control blocks last."""
+        blocks = [*transformer.blocks, *getattr(transformer, "vace_blocks", [])]
+        return [block.attn1 for block in blocks]
+
+    def read_inputs(self, transformer: nn.Module, kwargs: dict[str, Any]) -> ForwardInputs:
+        """Take the grid from the latent's shape ``[B, C, T, H, W]``."""
+        grid = _grid(kwargs["hidden_states"], transformer)
+        control = kwargs.get("control_hidden_states")
+        ragged_control = control is not None and _grid(control, transformer) != grid
+        return ForwardInputs(
+            layouts=(TokenLayout(grid),),
+            kwargs=kwargs,
+            keep_order="control video of another size" if ragged_control else None,
+        )
+
+    def install_shuffle(self, transformer: nn.Module, shuffle: TokenShuffle) -> list[Undo]:
+        """Reorder after the patch embedding and in the rotary tables; restore after ``proj_out``."""
+
+        def patches(latent: Tensor) -> Tensor:
+            return shuffle.into(latent.flatten(2), 2).view_as(latent)
+
+        def tables(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+            return tuple(shuffle.into(table, 1) for table in rotary)
+
+        def timesteps(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # One timestep per token (Wan 2.2 5B) comes flattened over batch and tokens.
+            length = kwargs.get("timestep_seq_len")
+            if length is None or shuffle.gather is None:
+                return None
+            per_token = shuffle.into(args[0].view(-1, length), 1).flatten()
+            return (per_token, *args[1:]), kwargs
+
+        undo = [
+            hook_output(transformer.patch_embedding, patches),
+            hook_output(transformer.rope, tables),
+            hook_output(transformer.proj_out, lambda tokens: shuffle.back(tokens, 1)),
+            transformer.condition_embedder.register_forward_pre_hook(
+                timesteps, with_kwargs=True
+            ).remove,
+        ]
+        if hasattr(transformer, "vace_patch_embedding"):
+            undo.append(hook_output(transformer.vace_patch_embedding, patches))
+        return undo
+
+
+def _grid(latent: Tensor, transformer: nn.Module) -> tuple[int, int, int]:
+    sizes = zip(latent.shape[2:], transformer.config.patch_size, strict=True)
+    return tuple(math.floor(n / p) for n, p in sizes)  # type: ignore[return-value]

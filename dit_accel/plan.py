@@ -1,0 +1,172 @@
+"""What a method decides for one attention call, in a form that any operator can run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dit_accel.call import TokenLayout
+from dit_accel.grid import RASTER, TokenOrder
+from dit_accel.kernels.gather import QueryRows, gather_rows
+from dit_accel.kernels.tiles import TileLists, tile_lists_from_block_mask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+"""States of a pair of blocks: no pair of tokens is allowed, some are, all are."""
+
+TokenPredicate = Callable[[Tensor, Tensor], Tensor]
+"""``(query index, key index) -> bool``, elementwise with broadcasting; raster video indices."""
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """Attend to everything.
+
+    Attributes:
+        reason: why, for the report.
+        order: the order in which the video tokens arrive.
+    """
+
+    reason: str
+    order: TokenOrder = RASTER
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSparsePlan:
+    """Exact attention over a list of blocks per query block.
+
+    Attributes:
+        layout: the call's tokens. Text keys are visible to every query and text queries see
+            everything, so only the video x video part is listed.
+        order: the order of the video tokens that block indices refer to.
+        video_mask: FlexAttention `BlockMask` over the ``V = T*H*W`` video tokens in ``order``;
+            ``kv_indices`` are partly allowed blocks, ``full_kv_indices`` wholly allowed ones.
+    """
+
+    layout: TokenLayout
+    order: TokenOrder
+    video_mask: BlockMask
+
+    @cached_property
+    def tiles(self) -> TileLists:
+        """The same lists with the partial blocks' masks as bits, for kernels without callbacks."""
+        return tile_lists_from_block_mask(self.video_mask, self.layout.video_length)
+
+    @cached_property
+    def key_rows(self) -> list[list[list[QueryRows]]]:
+        """The same lists as key indices per query tile, video first, for plain torch."""
+        return gather_rows(self.tiles, self.layout.text_length)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """`BlockMask` over video and then text tokens, as FlexAttention and others take it."""
+        return with_text(self.video_mask, self.layout)
+
+    @cached_property
+    def block_density(self) -> float:
+        """Share of all (query, key) pairs that lie in visited blocks: what a kernel computes."""
+        return self._share(self._visited_pairs())
+
+    @cached_property
+    def density(self) -> float:
+        """Share of all (query, key) pairs, text included, that are attended."""
+        return self._share(self.tiles.allowed_pairs())
+
+    @cached_property
+    def has_whole_blocks_only(self) -> bool:
+        """Whether no block is partly masked, the ragged last one aside."""
+        return int(self.video_mask.kv_num_blocks.sum()) == 0
+
+    def _visited_pairs(self) -> float:
+        mask, size = self.video_mask, self.video_mask.BLOCK_SIZE[0]
+        counts = torch.full((mask.kv_num_blocks.shape[-1],), size, device=mask.kv_indices.device)
+        counts[-1] = self.layout.video_length - size * (len(counts) - 1)
+        visited = dense_block_states(mask) != EMPTY
+        pairs = visited.double() * counts[:, None] * counts[None, :]
+        return float(pairs.sum((-1, -2)).mean())
+
+    def _share(self, video_pairs: float) -> float:
+        total, video = self.layout.num_tokens, self.layout.video_length
+        return (video_pairs + total * total - video * video) / (total * total)
+
+
+AttentionPlan = DensePlan | BlockSparsePlan
+
+
+def block_mask_from_states(
+    states: Tensor, block_size: int, num_tokens: int, predicate: Callable[..., Tensor]
+) -> BlockMask:
+    """Make a `BlockMask` from the state of each pair of blocks.
+
+    Args:
+        states: int8 ``[Q, K]`` or ``[B, H, Q, K]`` of `EMPTY`, `PARTIAL` and `FULL`.
+        block_size: tokens per block.
+        num_tokens: length of the sequence, so that the last block may be ragged.
+        predicate: ``mask_mod(batch, head, query, key) -> bool`` for the partial blocks.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    states = states if states.ndim == 4 else states[None, None]
+    partial, full = states == PARTIAL, states == FULL
+    return BlockMask.from_kv_blocks(
+        *_ascending_lists(partial),
+        *_ascending_lists(full),
+        BLOCK_SIZE=(block_size, block_size),
+        mask_mod=predicate,
+        seq_lengths=(num_tokens, num_tokens),
+    )
+
+
+def dense_block_states(mask: BlockMask) -> Tensor:
+    """Return int8 ``[B, H, Q, K]`` with the state of each pair of blocks of ``mask``."""
+    columns = math.ceil(mask.seq_lengths[1] / mask.BLOCK_SIZE[1])
+    states = _scatter(mask.kv_num_blocks, mask.kv_indices, columns) * PARTIAL
+    if mask.full_kv_num_blocks is not None:
+        states = states + _scatter(mask.full_kv_num_blocks, mask.full_kv_indices, columns) * FULL
+    return states
+
+
+def with_text(video_mask: BlockMask, layout: TokenLayout) -> BlockMask:
+    """Extend a video ``BlockMask`` by text tokens that see, and are seen by, everything."""
+    if layout.text_length == 0:
+        return video_mask
+    size, video, total = video_mask.BLOCK_SIZE[0], layout.video_length, layout.num_tokens
+    old = dense_block_states(video_mask)
+    blocks = math.ceil(total / size)
+    states = old.new_full((*old.shape[:2], blocks, blocks), FULL)
+    kept = old.shape[-1]
+    states[..., :kept, :kept] = old
+    if video % size:
+        # The block in which video ends and text begins: some of its pairs are always allowed.
+        edge = kept - 1
+        states[..., edge, :kept] = states[..., edge, :kept].clamp(min=PARTIAL)
+        states[..., :kept, edge] = states[..., :kept, edge].clamp(min=PARTIAL)
+    video_mod = video_mask.mask_mod
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        inside = video_mod(b, h, q.clamp(max=video - 1), k.clamp(max=video - 1))
+        return inside | (q >= video) | (k >= video)
+
+    return block_mask_from_states(states, size, total, mask_mod)
+
+
+def _ascending_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Bool ``[..., Q, K]`` -> int32 counts ``[..., Q]`` and indices, the chosen ones first."""
+    indices = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32), indices.to(torch.int32)
+
+
+def _scatter(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """Inverse of `_ascending_lists`, as int8 zeros and ones."""
+    listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    out = torch.zeros(*indices.shape[:-1], columns + 1, dtype=torch.int8, device=indices.device)
+    target = torch.where(listed, indices, columns).long()
+    return out.scatter_(-1, target, 1)[..., :columns]

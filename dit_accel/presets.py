@@ -1,0 +1,85 @@
+"""Published settings of each method for each model family.
+
+The only place that names both a method and a family. A missing row is no error: the method's own
+defaults and `DEFAULT` apply, so neither a new method nor a new family has to come here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options of a method and schedule for one family, and where they were published."""
+
+    source: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dense_steps: float | tuple[float, float] = 0.25
+    dense_layers: int = 0
+    min_tokens: int = 2048
+
+
+DEFAULT = Preset("no published setting; dense for the first quarter, as most papers do")
+
+PRESETS: Mapping[tuple[str, str], Preset] = MappingProxyType(
+    {
+        ("wan", "radial"): Preset(
+            "Radial Attention, released Wan2.1-14B script: 12 of 50 steps, 1 layer, decay 0.2",
+            {"decay": 0.2, "sink": True},
+            dense_steps=0.24,
+            dense_layers=1,
+        ),
+        ("wan2.2", "radial"): Preset(
+            "Radial Attention, released Wan2.2-A14B script: 11 of 40 steps, 1 layer, decay 0.8",
+            {"decay": 0.8, "sink": True, "block_size": 64},
+            dense_steps=0.275,
+            dense_layers=1,
+        ),
+        ("hunyuan_video", "radial"): Preset(
+            "Radial Attention, released HunyuanVideo script: 12 of 50 steps, decay 0.95, no sink",
+            {"decay": 0.95, "sink": False},
+            dense_steps=0.24,
+        ),
+        ("hunyuan_video", "gna"): Preset(
+            "GNA paper, HunyuanVideo 30x48x80: window 18x24x24, stride 16x8x8, 15 of 50 steps",
+            {"window": (18 / 30, 24 / 48, 24 / 80), "stride": (16, 8, 8)},
+            dense_steps=0.3,
+        ),
+        ("wan", "gna"): Preset(
+            "GNA paper, Cosmos 16x44x80: window 16x32x48, stride 1x8x16, 12 of 35 steps",
+            {"window": (1.0, 32 / 44, 48 / 80), "stride": (1, 8, 16)},
+            dense_steps=0.34,
+        ),
+        ("wan2.2", "gna"): Preset(
+            "GNA paper, Cosmos 16x44x80: window 16x32x48, stride 1x8x16, 12 of 35 steps",
+            {"window": (1.0, 32 / 44, 48 / 80), "stride": (1, 8, 16)},
+            dense_steps=0.34,
+        ),
+        ("flux", "gna"): Preset(
+            "GNA paper, FLUX.1-dev 4K 256x256: window 80x80, stride 16x16, 9 of 28 steps",
+            {"window": (1.0, 80 / 256, 80 / 256), "stride": (1, 16, 16)},
+            dense_steps=9 / 28,
+        ),
+    }
+)
+
+
+AUTO_ORDER = ("radial", "gna")
+"""Methods that ``method="auto"`` may take, the one with the best published quality first."""
+
+
+def auto_method(variant: str) -> tuple[str, str]:
+    """Return the method that has a published setting for this family variant, and why."""
+    for method in AUTO_ORDER:
+        if (variant, method) in PRESETS:
+            return method, f"it has a published setting here ({PRESETS[variant, method].source})"
+    return "dense", f"no method has a published setting for {variant!r}; name one to use it"
+
+
+def preset_for(variant: str, method: str) -> Preset:
+    """Return the preset of ``method`` on the family variant ``variant``, or `DEFAULT`."""
+    return PRESETS.get((variant, method), DEFAULT)

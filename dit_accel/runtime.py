@@ -1,0 +1,292 @@
+"""What happens while an accelerated transformer runs: read the inputs, plan, attend, record."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.call import AttentionCall, TokenLayout
+from dit_accel.compat import dense_attention
+from dit_accel.errors import ContextParallelError
+from dit_accel.grid import RASTER, TokenOrder, check_tokens
+from dit_accel.methods.base import AttentionMethod, StaticMethod
+from dit_accel.operators import choose_operator, make_operators
+from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
+from dit_accel.plan import AttentionPlan, DensePlan
+from dit_accel.report import CallRecord, Recorder
+from dit_accel.schedule import Schedule
+from dit_accel.tracking import CallTracker, Moment
+
+
+@dataclass(frozen=True)
+class RunningForward:
+    """What the transformer call that is under way told its attention layers."""
+
+    layouts: tuple[TokenLayout, ...]
+    moment: Moment
+    num_layers: int
+    mask_explained: bool
+    order: TokenOrder  # in which the tokens are right now
+    started: Any  # time mark
+
+
+class Runtime:
+    """The working state of one acceleration. All of it lives and dies with that object."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        family: PipelineFamily,
+        method: AttentionMethod,
+        schedule: Schedule,
+        backend: str,
+        density: float | None,
+    ) -> None:
+        self.family, self.method, self.schedule = family, method, schedule
+        self.backend, self.density = backend, density
+        self.dense_backend: Any = None  # the diffusers backend that dense calls use
+        self.tracker = CallTracker(pipe)
+        self.recorder = Recorder()
+        self.shuffle = TokenShuffle()
+        self.layer: Tensor | None = None  # 0-d, so that all compiled blocks share one graph
+        self._operators = make_operators()
+        self._running: RunningForward | None = None
+        self._methods: dict[TokenLayout, AttentionMethod] = {}
+        self._plans: dict[tuple[TokenLayout, TokenOrder, torch.device], AttentionPlan] = {}
+        self._indices: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    # ------------------------------------------------------------------ one transformer call
+
+    def enter(
+        self, transformer: nn.Module, kwargs: dict[str, Any], num_layers: int, parallel: bool
+    ) -> dict[str, Any]:
+        """Prepare one forward of ``transformer``; return the arguments to run it with."""
+        inputs = self.family.read_inputs(transformer, kwargs)
+        moment = self.tracker.advance(kwargs.get("timestep"))
+        self.recorder.begin(moment.generation)
+        layout = inputs.layouts[0]
+        if parallel and layout.text_length:
+            raise ContextParallelError(
+                "context parallelism interleaves text and video tokens in this family; "
+                "accelerate_pipeline can't follow that yet: restore_pipeline first, or run "
+                "without enable_parallelism."
+            )
+        order = self._reorder(inputs, moment, num_layers, parallel, kwargs["hidden_states"].device)
+        started = _mark(kwargs["hidden_states"])
+        self._running = RunningForward(
+            inputs.layouts, moment, num_layers, inputs.mask_explained, order, started
+        )
+        return inputs.kwargs
+
+    def leave(self) -> None:
+        """End the forward, also after an exception."""
+        running, self._running = self._running, None
+        self.shuffle.gather = self.shuffle.scatter = None
+        if running is not None:
+            end = _mark(running.started)
+            self.recorder.forwards.append((running.moment.step, running.started, end))
+
+    def _reorder(
+        self,
+        inputs: ForwardInputs,
+        moment: Moment,
+        num_layers: int,
+        parallel: bool,
+        device: torch.device,
+    ) -> TokenOrder:
+        """Set the order of this forward's tokens and return it."""
+        layout = inputs.layouts[0]
+        call = AttentionCall(layout, 0, num_layers, moment.step, moment.num_steps, moment.branch)
+        if self.schedule.dense_step_reason(call):
+            return RASTER
+        order = self.method_for(layout).token_order(layout.grid)
+        if order.is_raster and not inputs.tail_first:
+            return RASTER
+        reason = "context parallelism is on" if parallel else inputs.keep_order
+        if reason is not None:
+            self.recorder.note(f"tokens are reordered in every layer, not once per step: {reason}")
+            return RASTER
+        key = (layout.grid, order, inputs.tail_first, device)
+        if key not in self._indices:
+            gather = order.permutation(layout.grid, device)
+            tail = torch.arange(inputs.tail_first, device=device) + len(gather)
+            gather = torch.cat([tail, gather])
+            self._indices[key] = gather, torch.argsort(gather)
+        self.shuffle.gather, self.shuffle.scatter = self._indices[key]
+        return order
+
+    # ---------------------------------------------------------------------- one attention call
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        layer: Tensor | None,
+    ) -> Tensor:
+        """Run one layer's attention on ``[B, N, H, D]`` and record what was done."""
+        running = self._running
+        if running is None or query.shape[1] != key.shape[1]:
+            return self._dense(query, key, value, mask, scale)
+        index = 0 if layer is None else int(layer)
+        layouts = tuple(_with_rows(query.shape[1], layout, running) for layout in running.layouts)
+        moment = running.moment
+        call = AttentionCall(
+            layouts[0], index, running.num_layers, moment.step, moment.num_steps, moment.branch
+        )
+        reason = self.schedule.dense_reason(call)
+        if not running.mask_explained:
+            reason = reason or "the model masks text in the middle"
+            return self._dense(query, key, value, mask, scale, call, reason)
+        if len(layouts) == 1:
+            return self._sample(query, key, value, scale, call, reason, running.order)
+        # Samples of different text lengths: each runs without its padding, whose rows are unused.
+        out = torch.zeros_like(query)
+        for i, layout in enumerate(layouts):
+            rows = (slice(i, i + 1), slice(0, layout.num_tokens))
+            sample = replace(call, layout=layout)
+            out[rows] = self._sample(
+                query[rows], key[rows], value[rows], scale, sample, reason, running.order
+            )
+        return out
+
+    def method_for(self, layout: TokenLayout) -> AttentionMethod:
+        """Return the method with its options set for the requested density on ``layout``."""
+        if self.density is None or self.density == 1:
+            return self.method
+        if layout not in self._methods:
+            self._methods[layout] = self.method.at_density(self.density, layout)
+        return self._methods[layout]
+
+    def _sample(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        call: AttentionCall,
+        reason: str | None,
+        order: TokenOrder,
+    ) -> Tensor:
+        if reason is not None:
+            return self._dense(query, key, value, None, scale, call, reason)
+        method = self.method_for(call.layout)
+        wanted = method.token_order(call.layout.grid)
+        if wanted == order:
+            return self._planned(query, key, value, scale, call, method, order)
+        # The forward could not be reordered as a whole: do it around this one call.
+        gather, scatter = self._call_indices(call.layout, wanted, query.device)
+        qkv = (x.index_select(1, gather) for x in (query, key, value))
+        return self._planned(*qkv, scale, call, method, wanted).index_select(1, scatter)
+
+    def _planned(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        call: AttentionCall,
+        method: AttentionMethod,
+        order: TokenOrder,
+    ) -> Tensor:
+        plan = self._plan(query, key, value, call, method, order)
+        if isinstance(plan, DensePlan):
+            return self._dense(query, key, value, None, scale, call, plan.reason)
+        choice = choose_operator(self.backend, self._operators, plan, query)
+        self.recorder.rejected.update(choice.rejected)
+        self._record(call, plan, choice.operator.name)
+        return choice.operator.run(query, key, value, plan, scale, return_lse=False)[0]
+
+    def _plan(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: AttentionCall,
+        method: AttentionMethod,
+        order: TokenOrder,
+    ) -> AttentionPlan:
+        if self.density == 1:
+            return DensePlan("density=1", order)
+        if not isinstance(method, StaticMethod):
+            return method.plan(call, query, key, value, order)
+        where = (call.layout, order, query.device)
+        if where not in self._plans:
+            self._plans[where] = method.plan(call, query, key, value, order)
+        return self._plans[where]
+
+    def _dense(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        call: AttentionCall | None = None,
+        reason: str = "",
+    ) -> Tensor:
+        if call is not None:
+            self._record(call, DensePlan(reason), "dense", reason)
+        return dense_attention(
+            query, key, value, mask=mask, scale=scale, backend=self.dense_backend
+        )
+
+    def _record(
+        self, call: AttentionCall, plan: AttentionPlan, operator: str, reason: str = ""
+    ) -> None:
+        self.recorder.calls.append(
+            CallRecord(call.step, call.layer, call.branch, plan, operator, reason)
+        )
+
+    def _call_indices(
+        self, layout: TokenLayout, order: TokenOrder, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        key = (layout, order, device)
+        if key not in self._indices:
+            video = order.permutation(layout.grid, device)
+            text = torch.arange(layout.text_length, device=device)
+            gather = (
+                torch.cat([text, video + layout.text_length])
+                if layout.text_first
+                else torch.cat([video, text + layout.video_length])
+            )
+            self._indices[key] = gather, torch.argsort(gather)
+        return self._indices[key]
+
+
+def warn_switched_off(runtime: Runtime, off: int, total: int) -> None:
+    """Tell, once, that somebody replaced attention backends after acceleration."""
+    text = (
+        f"{off} of {total} attention layers no longer run through accelerate_pipeline: their "
+        "processors or backends were changed after it (set_attention_backend, "
+        "set_attn_processor, load_ip_adapter, ...). They run without the method; call "
+        "accelerate_pipeline again to switch it back on."
+    )
+    if text not in runtime.recorder.notes:
+        runtime.recorder.note(text)
+        warnings.warn(text, stacklevel=2)
+
+
+def _with_rows(rows: int, layout: TokenLayout, running: RunningForward) -> TokenLayout:
+    """Return ``layout``, without its text where the layer sees the video alone."""
+    if rows == layout.video_length and layout.text_length:
+        return replace(layout, text_length=0)
+    if len(running.layouts) == 1:
+        check_tokens(rows, layout.grid, layout.text_length)
+    return layout
+
+
+def _mark(like: Any) -> Any:
+    """Note the time: an event in the GPU's queue, or seconds."""
+    if isinstance(like, torch.cuda.Event) or (isinstance(like, Tensor) and like.is_cuda):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+    return time.perf_counter()

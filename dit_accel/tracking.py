@@ -1,0 +1,115 @@
+"""Which denoising step and which guidance branch a transformer call belongs to.
+
+Pipelines differ in what they tell: some name the branch (``cache_context``), most keep the current
+timestep, Stable Diffusion 3 says nothing. The step is read without waiting for the GPU: timesteps
+handed out by a loop are views into the scheduler's ``timesteps``, so their storage offset is the
+index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in a generation a transformer call is.
+
+    Attributes:
+        step: denoising step from 0, counted over the steps that really run; None if unknown.
+        num_steps: number of steps that run; None if unknown.
+        branch: "cond", "uncond", "cond_uncond" or the pipeline's own name.
+        generation: counts generations from 0.
+    """
+
+    step: int | None
+    num_steps: int | None
+    branch: str
+    generation: int
+
+
+class CallTracker:
+    """Counts the steps, branches and generations of one pipeline, over all its transformers."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._named_branch: str | None = None
+        self._named_step: int | None = None
+        self._first_index = 0
+        self._last_index: int | None = None
+        self._calls_in_step = 0
+        self._generation = 0
+
+    def watch(self, transformer: nn.Module) -> Callable[[], None]:
+        """Listen to the names that pipelines give their calls; return how to stop."""
+        original = getattr(transformer, "cache_context", None)
+        if original is None:
+            return lambda: None
+
+        @contextmanager
+        def cache_context(name: str, **where: Any) -> Iterator[None]:
+            self._named_branch, self._named_step = name, where.get("step_index")
+            try:
+                with original(name, **where):
+                    yield
+            finally:
+                self._named_branch = self._named_step = None
+
+        transformer.cache_context = cache_context  # type: ignore[assignment]
+        return lambda: transformer.__dict__.pop("cache_context", None)
+
+    def advance(self, timestep: Tensor | None) -> Moment:
+        """Note that a transformer is about to run.
+
+        Args:
+            timestep: the transformer's ``timestep`` argument.
+        """
+        timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
+        index = self._index(timestep, timesteps)
+        if index is None or timesteps is None:
+            return Moment(None, None, self._branch(), self._generation)
+        if self._last_index is None or index < self._last_index:
+            # A new generation; image-to-image ones begin in the middle of the schedule.
+            self._generation += self._last_index is not None
+            self._first_index = index
+        self._calls_in_step = self._calls_in_step + 1 if index == self._last_index else 0
+        self._last_index = index
+        return Moment(
+            index - self._first_index,
+            len(timesteps) - self._first_index,
+            self._branch(),
+            self._generation,
+        )
+
+    def _index(self, timestep: Tensor | None, timesteps: Tensor | None) -> int | None:
+        if self._named_step is not None:
+            return self._named_step
+        if timesteps is None:
+            return None
+        for view in (getattr(self._pipe, "_current_timestep", None), timestep):
+            if isinstance(view, Tensor) and _same_storage(view, timesteps):
+                return view.storage_offset() - timesteps.storage_offset()
+        if not isinstance(timestep, Tensor):
+            return None
+        # A copied timestep: one comparison on the device, and one wait for it.
+        distance = (timesteps - timestep.flatten()[:1].to(timesteps)).abs()
+        return int(distance.argmin())
+
+    def _branch(self) -> str:
+        if self._named_branch is not None:
+            return self._named_branch
+        if not getattr(self._pipe, "do_classifier_free_guidance", False):
+            return "cond"
+        if hasattr(getattr(self._pipe, "transformer", None), "cache_context"):
+            # Two calls per step, the conditional one first.
+            return "cond" if self._calls_in_step == 0 else "uncond"
+        return "cond_uncond"
+
+
+def _same_storage(view: Tensor, base: Tensor) -> bool:
+    return view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
