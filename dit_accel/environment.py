@@ -1,4 +1,4 @@
-"""What a measurement ran on: versions, device and commit, for reports and benchmark results."""
+"""Where this process runs: devices to pick from, and what a measurement has to say about itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from dit_accel.errors import OptionError
 
 PACKAGES = ("dit-accel", "torch", "triton", "diffusers", "transformers", "accelerate")
 
@@ -42,6 +44,34 @@ def describe_device(device: str) -> dict[str, Any]:
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
     }
+
+
+def pick_device(name: str = "auto") -> str:
+    """Return the torch device called ``name``; "auto" takes a GPU if there is one.
+
+    Raises:
+        OptionError: if there is no such device here.
+    """
+    import torch
+
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    apple = ["mps"] if torch.backends.mps.is_available() else []
+    available = [*(["cuda"] if gpus else []), *apple, "cpu", *gpus]
+    if name == "auto":
+        return available[0]
+    if name not in available:
+        raise OptionError(f"no device {name!r} here: there is {', '.join(available)}.")
+    return name
+
+
+def ffmpeg_version() -> str | None:
+    """Return the version of the ffmpeg that videos are written with, or None."""
+    import imageio_ffmpeg
+
+    try:
+        return str(imageio_ffmpeg.get_ffmpeg_version())
+    except RuntimeError:
+        return None
 
 
 def _version(package: str) -> str | None:

@@ -73,9 +73,7 @@ def write_frames(path: Path, frames: Tensor, fps: int) -> None:
         import imageio.v2 as imageio
 
         options: dict[str, Any] = {"fps": fps, "quality": 8, "macro_block_size": 2}
-        with imageio.get_writer(partial, **options) as writer:
-            for frame in pixels:
-                writer.append_data(frame)
+        imageio.mimwrite(partial, list(pixels), **options)
 
 
 def _umask() -> int:

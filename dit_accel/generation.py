@@ -1,8 +1,9 @@
-"""Generating with a pipeline, dense or accelerated, timed the same way and compared."""
+"""Generating with an accelerated pipeline, and densely beside it, timed alike."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -65,32 +66,59 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The same request generated densely and accelerated, one run each."""
+class Result:
+    """A request generated with acceleration, and densely too if it was to be compared."""
 
-    dense: Generation
     accelerated: Generation
     report: AccelerationReport
+    dense: Generation | None = None
 
     @property
-    def psnr_db(self) -> float:
+    def psnr_db(self) -> float | None:
         """PSNR between the two, before any video encoding; inf if they are equal."""
-        return psnr(self.accelerated.frames, self.dense.frames)
+        return psnr(self.accelerated.frames, self.dense.frames) if self.dense else None
 
     @property
-    def speedup(self) -> float:
-        """How many times faster the accelerated pipeline call was, all included."""
-        return self.dense.total_s / self.accelerated.total_s
+    def timing(self) -> str:
+        """What the times are times of."""
+        if self.dense:
+            return "one run each, after an untimed run of one step"
+        return "one run, which includes compiling kernels and first allocations"
 
     @property
-    def denoise_speedup(self) -> float:
+    def speedup(self) -> float | None:
+        """How many times faster the whole pipeline call was."""
+        return self.dense.total_s / self.accelerated.total_s if self.dense else None
+
+    @property
+    def denoise_speedup(self) -> float | None:
         """How many times faster the denoising loop was."""
-        return self.dense.denoise_s / self.accelerated.denoise_s
+        return self.dense.denoise_s / self.accelerated.denoise_s if self.dense else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the frames as JSON-ready values; an infinite PSNR is None."""
+        runs = {"accelerated": self.accelerated, "dense": self.dense}
+        times = {
+            name: {"total_s": run.total_s, "denoise_s": run.denoise_s}
+            for name, run in runs.items()
+            if run is not None
+        }
+        psnr_db = self.psnr_db
+        return {
+            "density": self.report.density,
+            **times,
+            "timing": self.timing,
+            "speedup": self.speedup,
+            "denoise_speedup": self.denoise_speedup,
+            "psnr_db": None if psnr_db == math.inf else psnr_db,
+            "identical": psnr_db == math.inf,
+            "acceleration": self.report.to_dict(),
+        }
 
 
-def makes_video(pipe: Any) -> bool:
-    """Whether a pipeline generates videos rather than images."""
-    return "num_frames" in _parameters(pipe)
+def makes_video(pipeline: type[Any]) -> bool:
+    """Whether pipelines of this class generate videos rather than images."""
+    return "num_frames" in inspect.signature(pipeline.__call__).parameters
 
 
 def pipeline_arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
@@ -109,8 +137,9 @@ def pipeline_arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
         "guidance_scale": request.guidance,
     }
     arguments = {name: value for name, value in settings.items() if value is not None}
+    parameters = inspect.signature(type(pipe).__call__).parameters
     for name in arguments:
-        if name not in _parameters(pipe):
+        if name not in parameters:
             raise OptionError(f"{type(pipe).__name__} has no {name}: leave it out.")
     return {"prompt": request.prompt, **arguments}
 
@@ -137,40 +166,45 @@ def generate(
     return Generation(frames.float().cpu(), stopwatch.total_s, stopwatch.denoise_s)
 
 
-def compare(
+def generate_accelerated(
     pipe: Any,
     request: GenerationRequest,
     method: str,
     options: Mapping[str, Any],
     *,
+    compare: bool = False,
     progress: Progress | None = None,
-) -> Comparison:
-    """Generate a request densely, then accelerated, and leave the pipeline accelerated.
+) -> Result:
+    """Generate a request with a method, and leave the pipeline accelerated.
 
-    Both runs are timed alike: one run each, after an untimed one of a single step, so that neither
-    pays for compiling kernels or first allocations.
+    With ``compare`` it is generated densely first, and both runs are timed alike: one run each,
+    after an untimed one of a single step, so that neither pays for compiling kernels or for first
+    allocations. Without it there is just the one run, which pays for these.
 
     Args:
         pipe: a pipeline of a known family.
-        request: what to generate, twice.
+        request: what to generate.
         method: name of the method.
         options: keyword arguments for `accelerate_pipeline`.
+        compare: whether to generate densely too.
         progress: told of every step.
 
     Raises:
-        DitAccelError: if the pipeline can't be accelerated so; before anything is generated.
+        DitAccelError: if the pipeline can't be accelerated so; before any long run.
     """
-    accelerate_pipeline(pipe, method, **options)
-    restore_pipeline(pipe)
-    once = replace(request, steps=1)
-    generate(pipe, once, stage="warming up (dense)", progress=progress)
-    dense = generate(pipe, request, stage="denoising (dense)", progress=progress)
-    # Sparse from the first step on, or the warm-up would miss what it is there to compile.
-    accelerate_pipeline(pipe, method, **{**options, "dense_steps": 0, "dense_layers": 0})
-    generate(pipe, once, stage=f"warming up ({method})", progress=progress)
+    dense = None
+    if compare:
+        one_step = replace(request, steps=1)
+        # Sparse from the first step on, or the warm-up would miss what it is there to compile. It
+        # comes first, so that options this pipeline can't take are refused without a long wait.
+        accelerate_pipeline(pipe, method, **{**options, "dense_steps": 0, "dense_layers": 0})
+        generate(pipe, one_step, stage=f"warming up ({method})", progress=progress)
+        restore_pipeline(pipe)
+        generate(pipe, one_step, stage="warming up (dense)", progress=progress)
+        dense = generate(pipe, request, stage="denoising (dense)", progress=progress)
     accelerate_pipeline(pipe, method, **options)
     accelerated = generate(pipe, request, stage=f"denoising ({method})", progress=progress)
-    return Comparison(dense, accelerated, acceleration_report(pipe))
+    return Result(accelerated, acceleration_report(pipe), dense)
 
 
 class _Stopwatch:
@@ -217,10 +251,6 @@ def _now() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(type(pipe).__call__).parameters
 
 
 def _check_size(pipe: Any, request: GenerationRequest) -> None:

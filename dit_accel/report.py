@@ -154,7 +154,9 @@ class AccelerationReport:
 
         title = f"{self.method} on {self.family}"
         if self.density is not None:
-            title += f": density {self.density:.3f} (sparse calls {self.sparse_density or 1:.3f})"
+            title += f": density {self.density:.3f}"
+        if self.sparse_density is not None:
+            title += f", {self.sparse_density:.3f} where sparse"
         table = Table(title=title, caption="\n".join(self._remarks()) or None)
         for column in ("attention calls", "operator", "density", "computed", "why dense"):
             table.add_column(column)

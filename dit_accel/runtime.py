@@ -28,6 +28,7 @@ class RunningForward:
     """What the transformer call that is under way told its attention layers."""
 
     layouts: tuple[TokenLayout, ...]
+    method: AttentionMethod  # with its options set for these tokens
     moment: Moment
     num_layers: int
     mask_explained: bool
@@ -57,7 +58,7 @@ class Runtime:
         self._operators = make_operators()
         self._running: RunningForward | None = None
         self._methods: dict[TokenLayout, AttentionMethod] = {}
-        self._plans: dict[tuple[TokenLayout, TokenOrder, torch.device], AttentionPlan] = {}
+        self._plans: dict[Any, AttentionPlan] = {}
         self._indices: dict[Any, tuple[Tensor, Tensor]] = {}
 
     # ------------------------------------------------------------------ one transformer call
@@ -76,10 +77,11 @@ class Runtime:
                 "accelerate_pipeline can't follow that yet: restore_pipeline first, or run "
                 "without enable_parallelism."
             )
-        order = self._reorder(inputs, moment, num_layers, parallel, kwargs["hidden_states"].device)
+        method = self._method_for(layout)
+        order = self._reorder(inputs, method, moment, parallel, kwargs["hidden_states"].device)
         started = _mark(kwargs["hidden_states"])
         self._running = RunningForward(
-            inputs.layouts, moment, num_layers, inputs.mask_explained, order, started
+            inputs.layouts, method, moment, num_layers, inputs.mask_explained, order, started
         )
         return inputs.kwargs
 
@@ -94,17 +96,17 @@ class Runtime:
     def _reorder(
         self,
         inputs: ForwardInputs,
+        method: AttentionMethod,
         moment: Moment,
-        num_layers: int,
         parallel: bool,
         device: torch.device,
     ) -> TokenOrder:
         """Set the order of this forward's tokens and return it."""
         layout = inputs.layouts[0]
-        call = AttentionCall(layout, 0, num_layers, moment.step, moment.num_steps, moment.branch)
+        call = AttentionCall(layout, step=moment.step, num_steps=moment.num_steps)
         if self.schedule.dense_step_reason(call):
             return RASTER
-        order = self.method_for(layout).token_order(layout.grid)
+        order = method.token_order(layout.grid)
         if order.is_raster and not inputs.tail_first:
             return RASTER
         reason = "context parallelism is on" if parallel else inputs.keep_order
@@ -146,18 +148,18 @@ class Runtime:
             reason = reason or "the model masks text in the middle"
             return self._dense(query, key, value, mask, scale, call, reason)
         if len(layouts) == 1:
-            return self._sample(query, key, value, scale, call, reason, running.order)
+            return self._sample(query, key, value, scale, call, reason, running)
         # Samples of different text lengths: each runs without its padding, whose rows are unused.
         out = torch.zeros_like(query)
         for i, layout in enumerate(layouts):
             rows = (slice(i, i + 1), slice(0, layout.num_tokens))
             sample = replace(call, layout=layout)
             out[rows] = self._sample(
-                query[rows], key[rows], value[rows], scale, sample, reason, running.order
+                query[rows], key[rows], value[rows], scale, sample, reason, running
             )
         return out
 
-    def method_for(self, layout: TokenLayout) -> AttentionMethod:
+    def _method_for(self, layout: TokenLayout) -> AttentionMethod:
         """Return the method with its options set for the requested density on ``layout``."""
         if self.density is None or self.density == 1:
             return self.method
@@ -173,18 +175,18 @@ class Runtime:
         scale: float | None,
         call: AttentionCall,
         reason: str | None,
-        order: TokenOrder,
+        running: RunningForward,
     ) -> Tensor:
         if reason is not None:
             return self._dense(query, key, value, None, scale, call, reason)
-        method = self.method_for(call.layout)
-        wanted = method.token_order(call.layout.grid)
-        if wanted == order:
-            return self._planned(query, key, value, scale, call, method, order)
+        order = running.method.token_order(call.layout.grid)
+        if order == running.order:
+            return self._planned(query, key, value, scale, call, running.method, order)
         # The forward could not be reordered as a whole: do it around this one call.
-        gather, scatter = self._call_indices(call.layout, wanted, query.device)
+        gather, scatter = self._call_indices(call.layout, order, query.device)
         qkv = (x.index_select(1, gather) for x in (query, key, value))
-        return self._planned(*qkv, scale, call, method, wanted).index_select(1, scatter)
+        out = self._planned(*qkv, scale, call, running.method, order)
+        return out.index_select(1, scatter)
 
     def _planned(
         self,
@@ -217,7 +219,7 @@ class Runtime:
             return DensePlan("density=1", order)
         if not isinstance(method, StaticMethod):
             return method.plan(call, query, key, value, order)
-        where = (call.layout, order, query.device)
+        where = (method, call.layout, order, query.device)
         if where not in self._plans:
             self._plans[where] = method.plan(call, query, key, value, order)
         return self._plans[where]

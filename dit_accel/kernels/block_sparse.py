@@ -55,12 +55,30 @@ def _load_rows(
 
 @triton.jit
 def _attend(
-    q, k, v, allowed, acc, total, peak, scale_log2,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q, keys, values, first, end, words, acc, total, peak, scale_log2,
+    BLOCK_N: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASK: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, in base 2: ``peak`` is the row maximum of scaled scores."""
+    """One step of the online softmax over keys ``[first, first + BLOCK_N)``, in base 2.
+
+    ``keys`` and ``values`` say where the head lies: descriptor, batch, head, pointer and strides.
+    ``MASK`` is "none", "end" (keys from ``end`` on are hidden) or "bits" (of ``words``, one per
+    row). Only masked steps may reach past ``end``.
+    """
+    k_desc, b, h, k_base, k_sn, k_sd = keys
+    v_desc, b, h, v_base, v_sn, v_sd = values
+    if USE_TMA:
+        k = k_desc.load([b, first, h, 0]).reshape(BLOCK_N, BLOCK_D)
+        v = v_desc.load([b, first, h, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        k = _load_rows(k_base, first, end, k_sn, k_sd, BLOCK_N, HEAD_SIZE, BLOCK_D, MASK != "none")
+        v = _load_rows(v_base, first, end, v_sn, v_sd, BLOCK_N, HEAD_SIZE, BLOCK_D, MASK != "none")
     scores = tl.dot(q, k.T, input_precision=PRECISION)
-    if MASKED:
+    columns = tl.arange(0, BLOCK_N)
+    if MASK == "end":
+        scores = tl.where((first + columns < end)[None, :], scores, float("-inf"))
+    elif MASK == "bits":
+        allowed = ((words[:, None] >> columns[None, :]) & 1) != 0
         scores = tl.where(allowed, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
     weights = tl.exp2(scores * scale_log2 - new_peak[:, None])
@@ -70,24 +88,6 @@ def _attend(
     return acc, total, new_peak
 
 
-@triton.jit
-def _attend_rows(
-    q, k_base, v_base, first, end, acc, total, peak, scale_log2,
-    k_sn, k_sd, v_sn, v_sd,
-    BLOCK_N: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attend to all keys in ``[first, end)``, which need not be whole tiles."""
-    for n in tl.range(first, end, BLOCK_N, num_stages=STAGES):
-        k = _load_rows(k_base, n, end, k_sn, k_sd, BLOCK_N, HEAD_SIZE, BLOCK_D, True)
-        v = _load_rows(v_base, n, end, v_sn, v_sd, BLOCK_N, HEAD_SIZE, BLOCK_D, True)
-        allowed = (n + tl.arange(0, BLOCK_N) < end)[None, :]
-        acc, total, peak = _attend(
-            q, k, v, allowed, acc, total, peak, scale_log2, True, PRECISION
-        )  # fmt: skip
-    return acc, total, peak
-
-
 @triton.jit(do_not_specialize=["num_heads", "num_video", "num_text", "video_start", "text_start"])
 def _block_sparse_forward(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr,
@@ -95,100 +95,95 @@ def _block_sparse_forward(
     scale_log2, num_heads, num_video, num_text, video_start, text_start,
     list_sb, list_sh, full_columns, partial_columns,
     q_sb, q_sn, q_sh, q_sd, k_sb, k_sn, k_sh, k_sd, v_sb, v_sn, v_sh, v_sd,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     USE_TMA: tl.constexpr, WITH_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Which rows: text queries first, because they visit every key and take the longest.
     video_tiles = tl.cdiv(num_video, BLOCK_M)
     text_tiles = tl.cdiv(num_text, BLOCK_M)
-    heads = tl.num_programs(0) // (video_tiles + text_tiles)
+    all_heads = tl.num_programs(0) // (video_tiles + text_tiles)
     program = tl.program_id(0)
-    is_text = program < text_tiles * heads
-    program = tl.where(is_text, program, program - text_tiles * heads)
+    is_text = program < text_tiles * all_heads
+    program = tl.where(is_text, program, program - text_tiles * all_heads)
     tiles = tl.where(is_text, text_tiles, video_tiles)
     tile = program % tiles
-    head = program // tiles
-    b = (head // num_heads).to(tl.int64)
-    h = (head % num_heads).to(tl.int64)
+    b = program // tiles // num_heads
+    h = program // tiles % num_heads
+    b64 = b.to(tl.int64)
+    h64 = h.to(tl.int64)
     video_end = video_start + num_video
     text_end = text_start + num_text
     first = tl.where(is_text, text_start, video_start) + tile * BLOCK_M
     end = tl.where(is_text, text_end, video_end)
 
-    q = _load_rows(
-        q_ptr + b * q_sb + h * q_sh, first, end, q_sn, q_sd, BLOCK_M, HEAD_SIZE, BLOCK_D, True
-    )
-    k_base = k_ptr + b * k_sb + h * k_sh
-    v_base = v_ptr + b * v_sb + h * v_sh
+    q_base = q_ptr + b64 * q_sb + h64 * q_sh
+    q = _load_rows(q_base, first, end, q_sn, q_sd, BLOCK_M, HEAD_SIZE, BLOCK_D, True)
+    keys = (k_desc, b, h, k_ptr + b64 * k_sb + h64 * k_sh, k_sn, k_sd)
+    values = (v_desc, b, h, v_ptr + b64 * v_sb + h64 * v_sh, v_sn, v_sd)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], _NO_PEAK, tl.float32)
 
     # Full tiles. The list is ascending, so a ragged last tile can only be its last entry.
+    STEPS: tl.constexpr = BLOCK // BLOCK_N
     blocks = tl.cdiv(num_video, BLOCK)
-    row = b * list_sb + h * list_sh + tile * BLOCK_M // BLOCK
-    row = tl.where(is_text, 0, row)
+    row = tl.where(is_text, 0, b64 * list_sb + h64 * list_sh + tile * BLOCK_M // BLOCK)
     full = full_index + row * full_columns
     listed = tl.where(is_text, blocks, tl.load(full_count + row))
     last = tl.load(full + listed - 1, mask=(listed > 0) & (is_text == 0), other=-1)
     last = tl.where(is_text, blocks - 1, last)
     has_ragged = (last == blocks - 1) & (num_video % BLOCK != 0)
-    STEPS: tl.constexpr = BLOCK // BLOCK_N
     for step in tl.range(0, (listed - has_ragged.to(tl.int32)) * STEPS, num_stages=STAGES):
-        entry = step // STEPS
-        block = tl.load(full + entry, mask=is_text == 0, other=0)
-        block = tl.where(is_text, entry, block)
+        block = tl.load(full + step // STEPS, mask=is_text == 0, other=0)
+        block = tl.where(is_text, step // STEPS, block)
         n = video_start + block * BLOCK + step % STEPS * BLOCK_N
-        if USE_TMA:
-            k = k_desc.load([b.to(tl.int32), n, h.to(tl.int32), 0]).reshape(BLOCK_N, BLOCK_D)
-            v = v_desc.load([b.to(tl.int32), n, h.to(tl.int32), 0]).reshape(BLOCK_N, BLOCK_D)
-        else:
-            k = _load_rows(k_base, n, 0, k_sn, k_sd, BLOCK_N, HEAD_SIZE, BLOCK_D, False)
-            v = _load_rows(v_base, n, 0, v_sn, v_sd, BLOCK_N, HEAD_SIZE, BLOCK_D, False)
-        acc, total, peak = _attend(q, k, v, None, acc, total, peak, scale_log2, False, PRECISION)
+        acc, total, peak = _attend(
+            q, keys, values, n, video_end, None, acc, total, peak, scale_log2,
+            BLOCK_N, HEAD_SIZE, BLOCK_D, "none", USE_TMA, PRECISION,
+        )  # fmt: skip
 
     ragged = tl.where(has_ragged, video_start + (blocks - 1) * BLOCK, video_end)
-    acc, total, peak = _attend_rows(
-        q, k_base, v_base, ragged, video_end, acc, total, peak, scale_log2,
-        k_sn, k_sd, v_sn, v_sd, BLOCK_MASKED, HEAD_SIZE, BLOCK_D, STAGES, PRECISION,
-    )  # fmt: skip
+    for n in tl.range(ragged, video_end, BLOCK_N, num_stages=STAGES):
+        acc, total, peak = _attend(
+            q, keys, values, n, video_end, None, acc, total, peak, scale_log2,
+            BLOCK_N, HEAD_SIZE, BLOCK_D, "end", USE_TMA, PRECISION,
+        )  # fmt: skip
 
-    # Partial tiles. One word holds a row's bits for the whole step, as BLOCK_MASKED divides 64.
+    # Partial tiles. One word holds a row's bits for a whole step, because BLOCK_N divides 64.
     WORDS: tl.constexpr = (BLOCK + 63) // 64
-    MASKED_STEPS: tl.constexpr = BLOCK // BLOCK_MASKED
     partial = row * partial_columns
     word_of_row = (tile * BLOCK_M % BLOCK + tl.arange(0, BLOCK_M)) * WORDS
-    columns = tl.arange(0, BLOCK_MASKED)
     listed = tl.where(is_text, 0, tl.load(partial_count + row))
-    for step in tl.range(0, listed * MASKED_STEPS, num_stages=STAGES):
-        block = tl.load(partial_index + partial + step // MASKED_STEPS)
-        slot = tl.load(partial_slot + partial + step // MASKED_STEPS).to(tl.int64)
-        offset = step % MASKED_STEPS * BLOCK_MASKED
+    for step in tl.range(0, listed * STEPS, num_stages=STAGES):
+        block = tl.load(partial_index + partial + step // STEPS)
+        slot = tl.load(partial_slot + partial + step // STEPS).to(tl.int64)
+        offset = step % STEPS * BLOCK_N
+        words = tl.load(bits + slot * (BLOCK * WORDS) + offset // 64 + word_of_row) >> offset % 64
         n = video_start + block * BLOCK + offset
-        words = tl.load(bits + slot * (BLOCK * WORDS) + offset // 64 + word_of_row)
-        allowed = ((words[:, None] >> (offset % 64 + columns)[None, :]) & 1) != 0
-        k = _load_rows(k_base, n, video_end, k_sn, k_sd, BLOCK_MASKED, HEAD_SIZE, BLOCK_D, True)
-        v = _load_rows(v_base, n, video_end, v_sn, v_sd, BLOCK_MASKED, HEAD_SIZE, BLOCK_D, True)
-        acc, total, peak = _attend(q, k, v, allowed, acc, total, peak, scale_log2, True, PRECISION)
+        acc, total, peak = _attend(
+            q, keys, values, n, video_end, words, acc, total, peak, scale_log2,
+            BLOCK_N, HEAD_SIZE, BLOCK_D, "bits", USE_TMA, PRECISION,
+        )  # fmt: skip
 
-    acc, total, peak = _attend_rows(
-        q, k_base, v_base, text_start, text_end, acc, total, peak, scale_log2,
-        k_sn, k_sd, v_sn, v_sd, BLOCK_MASKED, HEAD_SIZE, BLOCK_D, STAGES, PRECISION,
-    )  # fmt: skip
+    for n in tl.range(text_start, text_end, BLOCK_N, num_stages=STAGES):
+        acc, total, peak = _attend(
+            q, keys, values, n, text_end, None, acc, total, peak, scale_log2,
+            BLOCK_N, HEAD_SIZE, BLOCK_D, "end", USE_TMA, PRECISION,
+        )  # fmt: skip
 
     # Rows that saw no key have total 0: output 0 and log-sum -inf.
     num_rows = (num_video + num_text).to(tl.int64)
     rows = first + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    pointers = ((b * num_rows + rows) * num_heads + h)[:, None] * HEAD_SIZE + columns[None, :]
+    pointers = ((b64 * num_rows + rows) * num_heads + h)[:, None] * HEAD_SIZE + columns[None, :]
     inside = (rows < end)[:, None] & (columns < HEAD_SIZE)[None, :]
     tl.store(out_ptr + pointers, out.to(out_ptr.dtype.element_ty), mask=inside)
     if WITH_LSE:
         LN2: tl.constexpr = 0.6931471805599453
         lse = tl.where(total > 0, (peak + tl.log2(total)) * LN2, float("-inf"))
-        tl.store(lse_ptr + (b * num_heads + h) * num_rows + rows, lse, mask=rows < end)
+        tl.store(lse_ptr + (b64 * num_heads + h) * num_rows + rows, lse, mask=rows < end)
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
@@ -319,7 +314,6 @@ def _block_sparse_op(
         full_index.shape[-1], partial_index.shape[-1],
         *query.stride(), *key.stride(), *value.stride(),
         BLOCK=block_size, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
-        BLOCK_MASKED=min(64, cfg.block_n),
         HEAD_SIZE=head_size, BLOCK_D=block_d, STAGES=cfg.num_stages,
         USE_TMA=use_tma, WITH_LSE=with_lse,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",

@@ -91,9 +91,10 @@ class StaticMethod(AttentionMethod):
     def tile_states(
         self, layout: TokenLayout, order: TokenOrder, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Return int8 ``[Q, K]``: EMPTY, PARTIAL or FULL for each pair of video blocks in ``order``.
+        """Return int8 ``[Q, K]``, the state of each pair of video blocks: EMPTY, PARTIAL or FULL.
 
-        PARTIAL is always a safe answer; EMPTY and FULL must be true.
+        Blocks hold successive tokens of ``order``. PARTIAL is always a safe answer; EMPTY and FULL
+        must be true.
         """
 
     def attention_mask(self, layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor:
@@ -124,7 +125,7 @@ class StaticMethod(AttentionMethod):
     ) -> BlockSparsePlan:
         """Return the plan as block lists, even where they list every block."""
         allowed = self.allowed(layout, device)
-        raster = order.permutation(layout.grid, device)
+        raster = order.permutation(layout.grid, device).int()
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return allowed(raster[q], raster[k])
@@ -160,7 +161,9 @@ def check_density(density: float) -> None:
         )
 
 
-def unreachable(method: StaticMethod, density: float, layout: TokenLayout, least: float) -> Exception:
+def unreachable(
+    method: StaticMethod, density: float, layout: TokenLayout, least: float
+) -> Exception:
     """Return the error that says how sparse ``method`` can be at most on ``layout``."""
     reachable = math.ceil(least * 1e4) / 1e4  # rounded up, so that asking for it works
     text = f" and {layout.text_length} text tokens" if layout.text_length else ""

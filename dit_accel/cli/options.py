@@ -1,0 +1,164 @@
+"""``--set name=value``, typed by the method's dataclass and `accelerate_pipeline`'s signature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from dit_accel.errors import OptionError, did_you_mean
+
+GENERAL = ("density", "dense_steps", "dense_layers", "min_tokens", "backend")
+"""Options of `accelerate_pipeline` that go with every method."""
+
+
+def parse_options(
+    method: str, assignments: Sequence[str], general: Sequence[str] = GENERAL
+) -> dict[str, Any]:
+    """Return keyword arguments for `accelerate_pipeline` from texts such as ``density=0.3``.
+
+    Everything that can be checked without a pipeline is checked. ``general`` are the options
+    allowed beside the method's own.
+
+    Raises:
+        UnknownMethodError: if there is no such method.
+        OptionError: on an unknown option, or a value that it can't have.
+    """
+    own = method_hints(method)
+    valid = {**_general_hints(general), **own}
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise OptionError(f"--set {assignment!r}: write name=value.")
+        if name not in valid:
+            raise OptionError(
+                f"method {method!r} has no option {name!r}.{did_you_mean(name, valid)}"
+            )
+        try:
+            values[name] = parse_value(text.strip(), valid[name])
+        except ValueError:
+            raise OptionError(
+                f"--set {assignment!r}: {text!r} is not {describe(valid[name])}."
+            ) from None
+    _check(method, values, own)
+    return values
+
+
+def parse_value(text: str, hint: Any) -> Any:
+    """Read ``text`` as a value of the annotated type.
+
+    Raises:
+        ValueError: if it can't be one.
+    """
+    for candidate in _alternatives(hint):
+        try:
+            return _parse_one(text, candidate)
+        except ValueError:
+            continue
+    raise ValueError(text)
+
+
+def describe(hint: Any) -> str:
+    """Return a type annotation in words for messages and tables."""
+    words = [_describe_one(candidate) for candidate in _alternatives(hint)]
+    return " or ".join(dict.fromkeys(words))
+
+
+def _alternatives(hint: Any) -> Iterator[Any]:
+    if get_origin(hint) in (Union, UnionType):
+        for member in get_args(hint):
+            yield from _alternatives(member)
+    else:
+        yield hint
+
+
+def _parse_one(text: str, hint: Any) -> Any:
+    if hint is NoneType:
+        return _lookup(text, {"none": None})
+    if hint is bool:
+        return _lookup(text, {"true": True, "false": False})
+    if hint in (int, float):
+        return hint(text)
+    if hint is str:
+        return text
+    origin = get_origin(hint)
+    if origin is Literal:
+        return _lookup(text, {str(value).lower(): value for value in get_args(hint)})
+    if origin is not None and issubclass(origin, Sequence):
+        return _parse_tuple(text, hint)
+    raise ValueError(text)
+
+
+def _lookup(text: str, values: dict[str, Any]) -> Any:
+    if text.lower() not in values:
+        raise ValueError(text)
+    return values[text.lower()]
+
+
+def _parse_tuple(text: str, hint: Any) -> tuple[Any, ...]:
+    parts = [part.strip() for part in text.strip("()[] ").rstrip(",").split(",")]
+    members = get_args(hint)
+    if get_origin(hint) is not tuple or members[1:] == (...,):
+        members = members[:1] * len(parts)
+    if len(parts) != len(members):
+        raise ValueError(text)
+    return tuple(map(parse_value, parts, members))
+
+
+def _describe_one(hint: Any) -> str:
+    if hint is NoneType:
+        return "none"
+    if hint is bool:
+        return "true or false"
+    if get_origin(hint) is Literal:
+        return " or ".join(str(value) for value in get_args(hint))
+    if get_origin(hint) is tuple and get_args(hint)[1:] != (...,):
+        return "(" + ", ".join(describe(member) for member in get_args(hint)) + ")"
+    if get_args(hint):
+        return f"a list of {describe(get_args(hint)[0])}"
+    return str(hint.__name__)
+
+
+def method_hints(method: str) -> dict[str, Any]:
+    """Return the types of a method's options; "auto" is settled by the pipeline and has none."""
+    from dit_accel.registry import method_class
+
+    if method == "auto":
+        return {}
+    cls = method_class(method)
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls) if f.init}
+
+
+def _general_hints(names: Sequence[str]) -> dict[str, Any]:
+    """Return the types of `accelerate_pipeline`'s own options."""
+    from dit_accel.acceleration import accelerate_pipeline
+
+    hints = get_type_hints(accelerate_pipeline)
+    return {name: hints[name] for name in names}
+
+
+def _check(method: str, values: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuse impossible values before a model is loaded."""
+    from dit_accel.methods.base import check_density
+    from dit_accel.operators import check_backend
+    from dit_accel.registry import method_class, resolve_method
+    from dit_accel.schedule import Schedule
+
+    check_backend(values.get("backend", "auto"))
+    if values.get("density") is not None:
+        check_density(values["density"])
+    schedule = (values.get(name) for name in ("dense_steps", "dense_layers", "min_tokens"))
+    Schedule.make(*(0 if value is None else value for value in schedule))
+    if method != "auto":
+        given = {name: value for name, value in values.items() if name in own}
+        required = {
+            f.name
+            for f in fields(method_class(method))
+            if f.init and f.default is MISSING and f.default_factory is MISSING
+        }
+        if required <= given.keys():  # the rest may come from the family's published settings
+            resolve_method(method, **given)
