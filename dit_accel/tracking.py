@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -40,8 +41,9 @@ class CallTracker:
         self._pipe = pipe
         self._named_branch: str | None = None
         self._named_step: int | None = None
+        self._timesteps: Tensor | None = None
         self._first_index = 0
-        self._last_index: int | None = None
+        self._last_index = -1
         self._calls_in_step = 0
         self._generation = 0
 
@@ -73,10 +75,11 @@ class CallTracker:
         index = self._index(timestep, timesteps)
         if index is None or timesteps is None:
             return Moment(None, None, self._branch(), self._generation)
-        if self._last_index is None or index < self._last_index:
-            # A new generation; image-to-image ones begin in the middle of the schedule.
-            self._generation += self._last_index is not None
-            self._first_index = index
+        if timesteps is not self._timesteps or index < self._last_index:
+            # A new generation: the scheduler was set anew, or somebody goes through it again.
+            # Image-to-image generations begin in the middle of the schedule.
+            self._generation += self._timesteps is not None
+            self._timesteps, self._first_index, self._last_index = timesteps, index, -1
         self._calls_in_step = self._calls_in_step + 1 if index == self._last_index else 0
         self._last_index = index
         return Moment(
@@ -96,9 +99,10 @@ class CallTracker:
                 return view.storage_offset() - timesteps.storage_offset()
         if not isinstance(timestep, Tensor):
             return None
-        # A copied timestep: one comparison on the device, and one wait for it.
-        distance = (timesteps - timestep.flatten()[:1].to(timesteps)).abs()
-        return int(distance.argmin())
+        # A copied timestep, as it is or as a share of 1000: one comparison, one wait for it.
+        value = timestep.flatten()[:1].to(timesteps)
+        distance = (timesteps - torch.stack([value, value * 1000])).abs()
+        return int(distance.argmin()) % len(timesteps)
 
     def _branch(self) -> str:
         if self._named_branch is not None:
