@@ -24,7 +24,7 @@ _PUBLIC = {
     "SlidingWindow": "dit_accel.methods.sliding_window",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from dit_accel.acceleration import accelerate_pipeline as accelerate_pipeline

@@ -263,7 +263,9 @@ def _compilable(name: str, runtime: Runtime) -> tuple[Callable[..., Tensor], Und
         "Tensor? layer) -> Tensor"
     )
     qualified = f"dit_accel::{name}"
-    library.impl(name, lambda *args: runtime.attend(*args).contiguous(), "CompositeExplicitAutograd")
+    library.impl(
+        name, lambda *args: runtime.attend(*args).contiguous(), "CompositeExplicitAutograd"
+    )
     torch.library.register_fake(
         qualified, lambda query, *_: query.new_empty(query.shape), lib=library
     )
@@ -316,9 +318,7 @@ def _single_method(
     if isinstance(method, str | AttentionMethod):
         return method
     if not isinstance(method, Sequence) or len(method) != 1:
-        raise OptionError(
-            f"method={method!r}: give one attention method, by name or as an object."
-        )
+        raise OptionError(f"method={method!r}: give one attention method, by name or as an object.")
     return method[0]
 
 

@@ -1,4 +1,4 @@
-"""The private parts of diffusers that attachment relies on, in one place (diffusers 0.36 to 0.42)."""
+"""The private parts of diffusers that attachment relies on, in one place (0.36 to 0.42)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-
 
 OWN_BACKENDS = "dit_accel_"
 """Prefix of the names under which accelerations register."""

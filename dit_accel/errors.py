@@ -1,4 +1,4 @@
-"""Every exception that dit-accel raises on purpose. Each message says what is wrong and what to do."""
+"""Every exception that dit-accel raises on purpose: each says what is wrong and what to do."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ def sparse_attention(
         return_lse: also return the natural-log LSE of the scaled scores.
 
     Returns:
-        Output ``[B, N, H, D]`` in the inputs' dtype; with ``return_lse`` also float32 ``[B, H, N]``.
+        Output ``[B, N, H, D]`` in the inputs' dtype; with ``return_lse`` also the LSE, float32
+        ``[B, H, N]``.
 
     Raises:
         GridMismatchError: if grid and text length don't explain N.
@@ -77,8 +78,8 @@ def sparse_attention(
     else:
         plan = resolved.plan(AttentionCall(layout), query, key, value, order)
     if isinstance(plan, DensePlan) and not return_lse:
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
         lse = None
     else:
         plan = _listed(plan, layout, query.device)

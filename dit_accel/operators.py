@@ -6,6 +6,7 @@ report, so what is said and what is done can't drift apart.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -60,22 +61,20 @@ class TritonOperator(Operator):
         """Need the package and an NVIDIA GPU of compute capability 8.0 or newer."""
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
-        if not torch.cuda.is_available():
-            return "no CUDA device"
-        major, minor = torch.cuda.get_device_capability()
-        if torch.version.hip is None and major < 8:
-            return f"compute capability {major}.{minor} is below 8.0"
-        return None
+        from dit_accel.kernels.block_sparse import why_unavailable
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return why_unavailable(device, torch.float16, 64)
 
     def why_not(self, plan: BlockSparsePlan, query: Tensor) -> str | None:
-        """Check device, dtype and head size too."""
-        if not query.is_cuda:
-            return f"tensors are on {query.device.type}, not on a CUDA device"
-        if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return f"dtype {query.dtype} is not float16, bfloat16 or float32"
-        if query.shape[-1] > 256:
-            return f"head size {query.shape[-1]} is over 256"
-        return self.why_not_here()
+        """Check device, dtype, head size and block size too."""
+        if reason := self.why_not_here():
+            return reason
+        from dit_accel.kernels.block_sparse import why_unavailable
+
+        if plan.video_mask.BLOCK_SIZE[0] < 16:
+            return f"block size {plan.video_mask.BLOCK_SIZE[0]} is under 16"
+        return why_unavailable(query.device, query.dtype, query.shape[-1])
 
     def run(
         self,
@@ -99,7 +98,7 @@ class TritonOperator(Operator):
             scale=scale,
             return_lse=return_lse,
         )
-        return result if return_lse else (result, None)
+        return result if isinstance(result, tuple) else (result, None)
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,13 @@ class FlexOperator(Operator):
         """Run ``flex_attention`` with the plan's `BlockMask`, video first."""
         from torch.nn.attention.flex_attention import flex_attention
 
-        run = flex_attention
+        run: Any = flex_attention
         if query.is_cuda:
             if "flex" not in self.compiled:
                 self.compiled["flex"] = torch.compile(flex_attention, dynamic=False)
             run = self.compiled["flex"]
-        heads_first = [_text_last(x, plan).transpose(1, 2) for x in (query, key, value)]
-        result = run(*heads_first, block_mask=plan.block_mask, scale=scale, return_lse=return_lse)
+        q, k, v = (_text_last(x, plan).transpose(1, 2) for x in (query, key, value))
+        result = run(q, k, v, block_mask=plan.block_mask, scale=scale, return_lse=return_lse)
         out, lse = result if return_lse else (result, None)
         out = _text_back(out.transpose(1, 2), plan, dim=1)
         return out, None if lse is None else _text_back(lse.float(), plan, dim=2)
@@ -189,27 +188,18 @@ class FlashAttention4Operator(Operator):
         return_lse: bool,
     ) -> AttentionOutput:
         """Run its CuTe forward with the plan's full-block lists."""
-        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-        from flash_attn.cute.interface import _flash_attn_fwd
-
-        mask = plan.video_mask
+        sparsity = importlib.import_module("flash_attn.cute.block_sparsity")
+        interface = importlib.import_module("flash_attn.cute.interface")
         batch, _, heads, _ = query.shape
-        lists = [
-            x.expand(batch, heads, *x.shape[2:]).contiguous()
-            for x in (
-                mask.kv_num_blocks,
-                mask.kv_indices,
-                mask.full_kv_num_blocks,
-                mask.full_kv_indices,
-            )
-        ]
-        out, lse, *_ = _flash_attn_fwd(
+        partial, full = plan.block_lists
+        lists = [x.expand(batch, heads, *x.shape[2:]).contiguous() for x in (*partial, *full)]
+        out, lse = interface.flash_attn_func(
             query,
             key,
             value,
             softmax_scale=scale,
-            return_lse=return_lse,
-            block_sparse_tensors=BlockSparseTensorsTorch(*lists),
+            block_sparse_tensors=sparsity.BlockSparseTensorsTorch(*lists, block_size=(128, 128)),
+            return_lse=True,
         )
         return out, lse if return_lse else None
 
@@ -236,10 +226,8 @@ class TorchOperator(Operator):
         """Run `dit_accel.kernels.gather.gathered_attention`."""
         from dit_accel.kernels.gather import gathered_attention
 
-        ordered = [_text_last(x, plan) for x in (query, key, value)]
-        out, lse = gathered_attention(
-            *ordered, plan.key_rows, scale=scale, return_lse=return_lse
-        )
+        q, k, v = (_text_last(x, plan) for x in (query, key, value))
+        out, lse = gathered_attention(q, k, v, plan.key_rows, scale=scale, return_lse=return_lse)
         out = _text_back(out, plan, dim=1)
         return out, None if lse is None else _text_back(lse, plan, dim=2)
 
@@ -286,7 +274,7 @@ def choose_operator(
             )
         return Choice(operators[backend], ())
     preferred = ("triton", "flash-attn-4", "flex", "torch") if query.is_cuda else ("torch",)
-    rejected = []
+    rejected: list[tuple[str, str]] = []
     for name in preferred:
         reason = operators[name].why_not(plan, query)
         if reason is None:

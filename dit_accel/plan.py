@@ -65,6 +65,17 @@ class BlockSparsePlan:
         """The same lists as key indices per query tile, video first, for plain torch."""
         return gather_rows(self.tiles, self.layout.text_length)
 
+    @property
+    def block_lists(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Counts and indices of the partial blocks, and of the full ones."""
+        mask = self.video_mask
+        if mask.full_kv_num_blocks is None or mask.full_kv_indices is None:
+            raise TypeError("a plan's BlockMask must list its full blocks apart")
+        return (mask.kv_num_blocks, mask.kv_indices), (
+            mask.full_kv_num_blocks,
+            mask.full_kv_indices,
+        )
+
     @cached_property
     def block_mask(self) -> BlockMask:
         """`BlockMask` over video and then text tokens, as FlexAttention and others take it."""
@@ -129,7 +140,7 @@ def dense_block_states(mask: BlockMask) -> Tensor:
     """Return int8 ``[B, H, Q, K]`` with the state of each pair of blocks of ``mask``."""
     columns = math.ceil(mask.seq_lengths[1] / mask.BLOCK_SIZE[1])
     states = _scatter(mask.kv_num_blocks, mask.kv_indices, columns) * PARTIAL
-    if mask.full_kv_num_blocks is not None:
+    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
         states = states + _scatter(mask.full_kv_num_blocks, mask.full_kv_indices, columns) * FULL
     return states
 

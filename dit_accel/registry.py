@@ -80,7 +80,9 @@ def resolve_method(method: str | AttentionMethod, **options: Any) -> AttentionMe
     valid = [f.name for f in fields(cls) if f.init]
     for name in options:
         if name not in valid:
-            raise OptionError(f"method {method!r} has no option {name!r}.{did_you_mean(name, valid)}")
+            raise OptionError(
+                f"method {method!r} has no option {name!r}.{did_you_mean(name, valid)}"
+            )
     try:
         return cls(**options)
     except TypeError as error:
@@ -91,7 +93,7 @@ def resolve_method(method: str | AttentionMethod, **options: Any) -> AttentionMe
 def _methods() -> Mapping[str, type[AttentionMethod]]:
     import dit_accel.methods as package
 
-    return _discover(package, AttentionMethod, "dit_accel.methods")
+    return _discover(package, AttentionMethod, "dit_accel.methods")  # type: ignore[type-abstract]
 
 
 @lru_cache(maxsize=1)
@@ -103,7 +105,7 @@ def _families() -> Mapping[str, type[PipelineFamily]]:
 
 
 def _discover(package: Any, base: type[T], group: str) -> Mapping[str, type[T]]:
-    classes: list[type[T]] = []
+    classes: list[Any] = []
     for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         module = importlib.import_module(info.name)
         classes += [
@@ -113,9 +115,5 @@ def _discover(package: Any, base: type[T], group: str) -> Mapping[str, type[T]]:
         ]
     classes += [point.load() for point in entry_points(group=group)]
     return MappingProxyType(
-        {
-            cls.name: cls  # type: ignore[attr-defined]
-            for cls in classes
-            if issubclass(cls, base) and not inspect.isabstract(cls)
-        }
+        {cls.name: cls for cls in classes if issubclass(cls, base) and not inspect.isabstract(cls)}
     )

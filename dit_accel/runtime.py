@@ -184,8 +184,8 @@ class Runtime:
             return self._planned(query, key, value, scale, call, running.method, order)
         # The forward could not be reordered as a whole: do it around this one call.
         gather, scatter = self._call_indices(call.layout, order, query.device)
-        qkv = (x.index_select(1, gather) for x in (query, key, value))
-        out = self._planned(*qkv, scale, call, running.method, order)
+        q, k, v = (x.index_select(1, gather) for x in (query, key, value))
+        out = self._planned(q, k, v, scale, call, running.method, order)
         return out.index_select(1, scatter)
 
     def _planned(

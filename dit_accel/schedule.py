@@ -52,10 +52,10 @@ class Schedule:
             raise OptionError(f"dense_steps={dense_steps!r}: give a number or (first, last).")
         for value in pair:
             _check_steps(value)
-        if isinstance(dense_layers, bool) or isinstance(dense_layers, float):
+        if isinstance(dense_layers, bool | float):
             raise OptionError(f"dense_layers={dense_layers!r}: give a number or a list of layers.")
         layers = range(dense_layers) if isinstance(dense_layers, int) else dense_layers
-        if isinstance(dense_layers, int) and dense_layers < 0 or any(i < 0 for i in layers):
+        if (isinstance(dense_layers, int) and dense_layers < 0) or any(i < 0 for i in layers):
             raise OptionError(f"dense_layers={dense_layers!r}: layers count from 0.")
         if min_tokens < 0:
             raise OptionError(f"min_tokens={min_tokens} must not be negative.")

@@ -71,7 +71,7 @@ class CallTracker:
         Args:
             timestep: the transformer's ``timestep`` argument.
         """
-        timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
+        timesteps: Any = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         index = self._index(timestep, timesteps)
         if index is None or timesteps is None:
             return Moment(None, None, self._branch(), self._generation)
@@ -96,7 +96,7 @@ class CallTracker:
             return None
         for view in (getattr(self._pipe, "_current_timestep", None), timestep):
             if isinstance(view, Tensor) and _same_storage(view, timesteps):
-                return view.storage_offset() - timesteps.storage_offset()
+                return int(view.storage_offset() - timesteps.storage_offset())
         if not isinstance(timestep, Tensor):
             return None
         # A copied timestep, as it is or as a share of 1000: one comparison, one wait for it.

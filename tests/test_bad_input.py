@@ -54,7 +54,7 @@ def test_impossible_options(pipe, arguments, error, says):
 
 def test_unknown_pipeline_lists_the_families_and_how_to_add_one():
     stranger = SimpleNamespace(transformer=torch.nn.Linear(1, 1))
-    with pytest.raises(UnknownPipelineError, match="hunyuan_video.*PipelineFamily"):
+    with pytest.raises(UnknownPipelineError, match=r"hunyuan_video.*PipelineFamily"):
         accelerate_pipeline(stranger, "radial")
 
 

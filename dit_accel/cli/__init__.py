@@ -31,3 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DitAccelError as error:
         complain(error)
         sys.exit(2)
+    except OSError as error:  # such as a full disk
+        complain(error)
+        sys.exit(1)

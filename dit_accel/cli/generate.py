@@ -40,8 +40,8 @@ class Outputs:
 
     def all(self, compare: bool) -> list[Path]:
         """Return every file that will be written."""
-        reports = [self.beside("report.json"), self.beside("report.txt")]
-        return [self.main, *reports, *([self.dense] if compare else [])]
+        pictures = [self.main, self.dense] if compare else [self.main]
+        return [*pictures, self.beside("report.json"), self.beside("report.txt")]
 
 
 def generate(
@@ -84,6 +84,7 @@ def generate(
     from dit_accel.generation import GenerationRequest, generate_accelerated
     from dit_accel.models import generation_defaults, load_pipeline
 
+    _quieten_libraries()
     chosen = parse_options(method, options or [])
     outputs = Outputs(output)
     check_outputs(outputs.all(compare), force=force)
@@ -101,7 +102,6 @@ def generate(
     place, precision = pick_device(device), _pick_dtype(dtype)
     _check_suffix(output, model)
 
-    _quieten_libraries()
     with progress_bars() as progress:
         progress(f"loading {model}", 0, 1)
         pipe = load_pipeline(model, device=place, dtype=precision)
@@ -150,12 +150,13 @@ def _write(
 
 
 def _quieten_libraries() -> None:
-    """Leave progress to our own bars."""
+    """Leave progress to our own bars, and spare users what no one here can act on."""
     import diffusers
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
 
 
 def _pick_dtype(name: str) -> torch.dtype | None:

@@ -112,11 +112,12 @@ def show_mask(
     if output.suffix.lower() != IMAGE_SUFFIX:
         raise OptionError(f"output {str(output)!r} must end in {IMAGE_SUFFIX}.")
     check_outputs([output], force=force)
+    if text < 0:
+        raise OptionError(f"--text {text} must not be negative.")
     layout = TokenLayout(_grid(grid), text)
     static = _static_method(method, settings, layout)
     with replacing(output) as partial:
-        save_mask_picture(static, layout, partial)
-    plan = static.plan_layout(layout, static.token_order(layout.grid))
+        plan = save_mask_picture(static, layout, partial)
     density = block_density = 1.0
     if isinstance(plan, BlockSparsePlan):
         density, block_density = plan.density, plan.block_density
@@ -144,9 +145,10 @@ def _grid(text: str) -> Grid:
     from dit_accel.grid import as_grid
 
     try:
-        return as_grid(tuple(int(part) for part in text.split(",")))
+        axes = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise OptionError(f"--grid {text!r}: write tokens as T,H,W, such as 21,45,80.") from None
+    return as_grid(axes)
 
 
 def _static_method(method: str, settings: dict[str, Any], layout: TokenLayout) -> StaticMethod:

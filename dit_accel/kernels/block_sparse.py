@@ -4,16 +4,19 @@ One program computes the output of ``block_m`` queries of one head with an onlin
 (FlashAttention-2, Dao 2023, algorithm 1) over the key tiles on its lists. `reference.py` says in
 plain torch what is computed.
 
-A query of the video visits, in this order: its full tiles, without any mask; a ragged last tile; its
-partial tiles, whose allowed pairs are read as bits; all text keys. A text query visits everything.
-Video and text are two segments of rows of the same tensors, so neither order of the two needs a
-copy.
+A query of the video visits, in this order: its full tiles, without any mask; a ragged last tile;
+its partial tiles, whose allowed pairs are read as bits; all text keys. A text query visits
+everything. Video and text are two segments of rows of the same tensors, so neither order of the two
+needs a copy.
 """
+
+# Triton's functions take tensors, pointers and constants under the same names: types say little.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
 import math
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import torch
 import triton
@@ -30,6 +33,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Stands for "no key seen yet": finite, so that the difference of two peaks is never inf - inf.
 _NO_PEAK = tl.constexpr(-1e30)
+
+# Sizes that must not make Triton compile again whenever they happen to be 1 or divisible by 16.
+_SIZES = (
+    "num_heads", "num_video", "num_text", "video_start", "text_start",
+    "list_sb", "list_sh", "full_columns", "partial_columns",
+)  # fmt: skip
 
 
 @triton.jit
@@ -78,7 +87,8 @@ def _attend(
     if MASK == "end":
         scores = tl.where((first + columns < end)[None, :], scores, float("-inf"))
     elif MASK == "bits":
-        allowed = ((words[:, None] >> columns[None, :]) & 1) != 0
+        # Shifted into the sign, a bit needs no mask of its own: half the spilled registers.
+        allowed = (words[:, None] << (63 - columns)[None, :]) < 0
         scores = tl.where(allowed, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
     weights = tl.exp2(scores * scale_log2 - new_peak[:, None])
@@ -88,7 +98,7 @@ def _attend(
     return acc, total, new_peak
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_video", "num_text", "video_start", "text_start"])
+@triton.jit(do_not_specialize=_SIZES)
 def _block_sparse_forward(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr,
     full_count, full_index, partial_count, partial_index, partial_slot, bits,
@@ -182,7 +192,8 @@ def _block_sparse_forward(
     tl.store(out_ptr + pointers, out.to(out_ptr.dtype.element_ty), mask=inside)
     if WITH_LSE:
         LN2: tl.constexpr = 0.6931471805599453
-        lse = tl.where(total > 0, (peak + tl.log2(total)) * LN2, float("-inf"))
+        lse = (peak + tl.log2(tl.where(total > 0, total, 1.0))) * LN2
+        lse = tl.where(total > 0, lse, float("-inf"))
         tl.store(lse_ptr + (b64 * num_heads + h) * num_rows + rows, lse, mask=rows < end)
 
 
@@ -240,7 +251,7 @@ def block_sparse_attention(
     Raises:
         OperatorUnavailableError: if the kernel cannot run on this device, dtype or head size.
         GridMismatchError: if ``N`` is not ``lists.num_tokens + text_length``.
-        OptionError: if the tensors and lists do not fit together, or ``scale`` is not positive.
+        OptionError: if tensors and lists do not fit together, or ``scale`` is not positive.
     """
     _check_call(query, key, value, lists, text_length)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -266,9 +277,6 @@ def _check_call(
             f"query, key, value and lists must share one device and query, key and value one "
             f"dtype, not {sorted(devices)} and {query.dtype}, {key.dtype}, {value.dtype}."
         )
-    reason = why_unavailable(query.device, query.dtype, query.shape[-1])
-    if reason is not None:
-        raise OperatorUnavailableError(f"the Triton kernel cannot run this call: {reason}.")
     check_block_size(lists.block_size)
     batch, num_tokens, heads, _ = query.shape
     if num_tokens != lists.num_tokens + text_length or text_length < 0:
@@ -293,6 +301,9 @@ def _block_sparse_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the kernel. A custom operator, so that torch.compile traces past it unbroken."""
     batch, num_tokens, heads, head_size = query.shape
+    reason = why_unavailable(query.device, query.dtype, head_size)
+    if reason is not None:
+        raise OperatorUnavailableError(f"the Triton kernel cannot run this call: {reason}.")
     out = query.new_empty(query.shape)
     lse = _empty_lse(query, with_lse)
     block_d = max(16, triton.next_power_of_2(head_size))
@@ -338,18 +349,14 @@ def _resolve_config(
     query: Tensor, block_d: int, block_size: int, config: list[int] | None
 ) -> KernelConfig:
     if config is not None:
-        chosen = KernelConfig(*config[:4], use_tma=bool(config[4]))
+        block_m, block_n, num_warps, num_stages, use_tma = config
+        chosen = KernelConfig(block_m, block_n, num_warps, num_stages, bool(use_tma))
     else:
         # On the CPU only the interpreter runs the kernel, and any configuration will do.
         capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (8, 0)
         chosen = kernel_config(capability, block_d, query.element_size())
-    return KernelConfig(
-        min(chosen.block_m, block_size),
-        min(chosen.block_n, block_size),
-        chosen.num_warps,
-        chosen.num_stages,
-        chosen.use_tma,
-    )
+    block_m, block_n = min(chosen.block_m, block_size), min(chosen.block_n, block_size, 64)
+    return replace(chosen, block_m=block_m, block_n=block_n)
 
 
 def _fits_copy_engine(tensor: Tensor, block_d: int) -> bool:

@@ -39,15 +39,13 @@ def gather_rows(lists: TileLists, text_length: int) -> list[list[list[QueryRows]
     batches, heads, tiles = lists.full_count.shape
     device = lists.full_count.device
     text = torch.arange(lists.num_tokens, total, device=device)
-    table = []
-    for b in range(batches):
-        table.append([])
-        for h in range(heads):
-            rows = [_tile_rows(lists, (b, h, tile), text) for tile in range(tiles)]
-            if text_length:
-                rows.append(QueryRows(slice(lists.num_tokens, total), slice(0, total), None))
-            table[-1].append(rows)
-    return table
+    seeing_all = [QueryRows(slice(lists.num_tokens, total), slice(0, total), None)]
+
+    def parts(b: int, h: int) -> list[QueryRows]:
+        video = [_tile_rows(lists, (b, h, tile), text) for tile in range(tiles)]
+        return video + seeing_all if text_length else video
+
+    return [[parts(b, h) for h in range(heads)] for b in range(batches)]
 
 
 def gathered_attention(
@@ -78,10 +76,10 @@ def gathered_attention(
             head = slice(None) if len(heads) == 1 else slice(h, h + 1)
             for part in parts:
                 where = (batch, head, part.rows)
-                seen = [_take(x[batch, head], part.keys) for x in (k, v)]
-                out[where] = _attend(q[where], *seen, part.mask, scale)
+                keys, values = (_take(x[batch, head], part.keys) for x in (k, v))
+                out[where] = _attend(q[where], keys, values, part.mask, scale)
                 if lse is not None:
-                    lse[where] = _lse(q[where], seen[0], part.mask, scale)
+                    lse[where] = _lse(q[where], keys, part.mask, scale)
     return out.transpose(1, 2), lse
 
 

@@ -30,7 +30,7 @@ class TileLists:
 
     Attributes:
         full_count: int32 ``[B|1, H|1, Q]``; listed tiles of which every pair is allowed.
-        full_index: int32 ``[B|1, H|1, Q, K]``; key tiles, ascending, the first ``full_count`` valid.
+        full_index: int32 ``[B|1, H|1, Q, K]``; key tiles, ascending, ``full_count`` of them valid.
         partial_count: int32 ``[B|1, H|1, Q]``; listed tiles of which only some pairs are allowed.
         partial_index: int32 ``[B|1, H|1, Q, K]``; as ``full_index``, its own ``K``.
         partial_slot: int32 ``[B|1, H|1, Q, K]``; the row of ``bits`` for that tile.
@@ -91,7 +91,7 @@ def tile_lists_from_block_mask(block_mask: BlockMask, num_tokens: int) -> TileLi
             f"{num_tokens} video tokens make {blocks}; build it over the video tokens alone."
         )
     states = _scatter(block_mask.kv_num_blocks, block_mask.kv_indices, blocks) * _PARTIAL
-    if block_mask.full_kv_num_blocks is not None:
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         full = _scatter(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
         states = torch.where(full, _FULL, states)
 
@@ -126,9 +126,7 @@ def check_block_size(block_size: int) -> None:
         raise OptionError(f"{block_size=} must be a power of two of at least 16; 128 is fastest.")
 
 
-def _evaluate(
-    mask_mod: Callable[..., Tensor], tiles: Tensor, size: int, num_tokens: int
-) -> Tensor:
+def _evaluate(mask_mod: Callable[..., Tensor], tiles: Tensor, size: int, num_tokens: int) -> Tensor:
     """Bool ``[t, size, size]``: the allowed pairs of ``tiles``, int32 ``[t, (b, h, q, k)]``."""
     b, h, q, k = tiles[:, :, None, None].unbind(1)
     inside = torch.arange(size, dtype=torch.int32, device=tiles.device)
@@ -248,7 +246,5 @@ def _listed(counts: Tensor, indices: Tensor) -> Tensor:
 def _scatter(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     """Inverse of `_ascending_lists`: bool ``[..., Q, columns]``."""
     listed = _listed(counts, indices)
-    chosen = torch.zeros(
-        *indices.shape[:-1], columns + 1, dtype=torch.bool, device=indices.device
-    )
+    chosen = torch.zeros(*indices.shape[:-1], columns + 1, dtype=torch.bool, device=indices.device)
     return chosen.scatter_(-1, torch.where(listed, indices, columns).long(), True)[..., :columns]

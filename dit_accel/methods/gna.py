@@ -27,7 +27,7 @@ AXIS_NAMES = ("t", "h", "w")
 
 @dataclass(frozen=True)
 class GNA(StaticMethod):
-    """Generalized Neighborhood Attention (arXiv 2504.16922, section 3; as in NATTEN).
+    """Generalized Neighborhood Attention (arXiv 2504.16922), as NATTEN computes it.
 
     Along each axis of the (t, h, w) grid, a query sees the ``window`` keys around itself, pushed
     inward at the borders so that the window is always whole. With ``stride`` s, s successive
@@ -143,8 +143,9 @@ class GNA(StaticMethod):
         if least > density:
             raise unreachable(self, density, layout, least)
         # Finding the best order is the slow part, and it changes little with the window: search
-        # in one order, then step down until the order that will be used agrees.
-        guess = round((len(options) - 1) * density ** (1 / max(sum(scaled), 1)))
+        # in one order, then step down until the order that will be used agrees. (Not in that of
+        # the largest window: it may be dense, and then any order is as good.)
+        guess = int((len(options) - 1) * density ** (1 / sum(scaled)))
         order = options[guess].token_order(layout.grid)
 
         def fits(index: int) -> bool:

@@ -43,10 +43,10 @@ class Radial(StaticMethod):
         sink: whether everyone sees frame 0 wholly. None: yes unless text is in the sequence, as
             released (Wan with, HunyuanVideo without).
         rule: "released" or "paper".
-        thin_below: a band of fewer tokens than this is not narrowed, but kept for fewer frames:
-            at half as many tokens for every second distance, and so on. 128 in the released code,
-            where frames of under 128 tokens thereby lose even their neighbours: set it to less
-            for small frames. Unused by ``rule="paper"``.
+        thin_below: where the band, before ``decay``, falls under this many tokens, only every
+            second, fourth, eighth ... distance is kept. 128 in the released code, where frames of
+            under 128 tokens thereby lose even their neighbours: set it lower for small frames.
+            Unused by ``rule="paper"``.
     """
 
     name: ClassVar[str] = "radial"

@@ -23,7 +23,7 @@ MEASURED_ROWS = 256
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the grid and the window on it (GNA paper, arXiv 2504.16922, section 3).
+    """One axis of the grid and the window on it (GNA, arXiv 2504.16922).
 
     Attributes:
         size: tokens along the axis.

@@ -76,18 +76,18 @@ class PipelineFamily(ABC):
         return self.name
 
     @abstractmethod
-    def attention_layers(self, transformer: nn.Module) -> list[nn.Module]:
+    def attention_layers(self, transformer: Any) -> list[Any]:
         """Return the self-attention modules whose core may become sparse, in running order."""
 
     @abstractmethod
-    def read_inputs(self, transformer: nn.Module, kwargs: dict[str, Any]) -> ForwardInputs:
+    def read_inputs(self, transformer: Any, kwargs: dict[str, Any]) -> ForwardInputs:
         """Describe one forward from its arguments by name."""
 
     @abstractmethod
-    def install_shuffle(self, transformer: nn.Module, shuffle: TokenShuffle) -> list[Undo]:
+    def install_shuffle(self, transformer: Any, shuffle: TokenShuffle) -> list[Undo]:
         """Make the forward reorder its tokens after embedding and restore them at its end."""
 
-    def install_processors(self, transformer: nn.Module) -> list[Undo]:
+    def install_processors(self, transformer: Any) -> list[Undo]:
         """Swap processors whose attention core can't be reached otherwise; return the undo list."""
         return []
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dit_accel.call import TokenLayout
@@ -37,12 +37,12 @@ class Flux(PipelineFamily):
     grids: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Grid by position-id tensor: read from the device once per generation, not per step."""
 
-    def attention_layers(self, transformer: nn.Module) -> list[nn.Module]:
+    def attention_layers(self, transformer: Any) -> list[Any]:
         """Return the dual-stream blocks' attention, then the single-stream blocks'."""
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         return [block.attn for block in blocks]
 
-    def read_inputs(self, transformer: nn.Module, kwargs: dict[str, Any]) -> ForwardInputs:
+    def read_inputs(self, transformer: Any, kwargs: dict[str, Any]) -> ForwardInputs:
         """Take the grid from ``img_ids`` ``[S, 3]`` = (segment, row, column)."""
         ids = kwargs["img_ids"]
         if ids not in self.grids:
@@ -56,10 +56,10 @@ class Flux(PipelineFamily):
             tail_first=reference,
         )
 
-    def install_shuffle(self, transformer: nn.Module, shuffle: TokenShuffle) -> list[Undo]:
+    def install_shuffle(self, transformer: Any, shuffle: TokenShuffle) -> list[Undo]:
         """Reorder the packed latents, their position ids and ControlNet residuals; restore last."""
 
-        def inputs(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def inputs(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if shuffle.gather is None:
                 return None
             changed = dict(kwargs)

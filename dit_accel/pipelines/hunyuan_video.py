@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dit_accel.call import TokenLayout
@@ -34,12 +34,12 @@ class HunyuanVideo(PipelineFamily):
     text_lengths: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Valid text lengths by mask tensor: read from the device once per prompt, not per step."""
 
-    def attention_layers(self, transformer: nn.Module) -> list[nn.Module]:
+    def attention_layers(self, transformer: Any) -> list[Any]:
         """Return the dual-stream blocks' attention, then the single-stream blocks'."""
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         return [block.attn for block in blocks]
 
-    def read_inputs(self, transformer: nn.Module, kwargs: dict[str, Any]) -> ForwardInputs:
+    def read_inputs(self, transformer: Any, kwargs: dict[str, Any]) -> ForwardInputs:
         """Take the grid from the latent ``[B, C, T, H, W]`` and drop text that is all padding."""
         config = transformer.config
         frames, height, width = kwargs["hidden_states"].shape[2:]
@@ -68,7 +68,7 @@ class HunyuanVideo(PipelineFamily):
             keep_order="the first frame has its own modulation" if replaced else None,
         )
 
-    def install_shuffle(self, transformer: nn.Module, shuffle: TokenShuffle) -> list[Undo]:
+    def install_shuffle(self, transformer: Any, shuffle: TokenShuffle) -> list[Undo]:
         """Reorder after ``x_embedder`` and in the rotary tables; restore after ``proj_out``."""
 
         def tables(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

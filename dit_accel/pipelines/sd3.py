@@ -7,10 +7,11 @@ while accelerated, by ones that go through diffusers' attention dispatcher; the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_accel.call import TokenLayout
 from dit_accel.errors import UnknownPipelineError
@@ -31,7 +32,7 @@ class StableDiffusion3(PipelineFamily):
     transformer_classes: ClassVar[tuple[str, ...]] = ("SD3Transformer2DModel",)
     pipelines: ClassVar[str] = "StableDiffusion3Pipeline (3, 3.5) and its img2img and inpaint forms"
 
-    def attention_layers(self, transformer: nn.Module) -> list[nn.Module]:
+    def attention_layers(self, transformer: Any) -> list[Any]:
         """Return each block's joint attention, followed by its image-only one where it has one."""
         layers = []
         for block in transformer.transformer_blocks:
@@ -40,17 +41,17 @@ class StableDiffusion3(PipelineFamily):
                 layers.append(block.attn2)
         return layers
 
-    def read_inputs(self, transformer: nn.Module, kwargs: dict[str, Any]) -> ForwardInputs:
+    def read_inputs(self, transformer: Any, kwargs: dict[str, Any]) -> ForwardInputs:
         """Take the grid from the latent's shape ``[B, C, H, W]``."""
         height, width = kwargs["hidden_states"].shape[-2:]
         patch = transformer.config.patch_size
         text = kwargs["encoder_hidden_states"].shape[1]
         return ForwardInputs((TokenLayout((1, height // patch, width // patch), text),), kwargs)
 
-    def install_shuffle(self, transformer: nn.Module, shuffle: TokenShuffle) -> list[Undo]:
+    def install_shuffle(self, transformer: Any, shuffle: TokenShuffle) -> list[Undo]:
         """Reorder after ``pos_embed`` (and ControlNet residuals); restore after ``proj_out``."""
 
-        def residuals(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def residuals(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             states = kwargs.get("block_controlnet_hidden_states")
             if states is None or shuffle.gather is None:
                 return None
@@ -63,7 +64,7 @@ class StableDiffusion3(PipelineFamily):
             hook_output(transformer.proj_out, lambda tokens: shuffle.back(tokens, 1)),
         ]
 
-    def install_processors(self, transformer: nn.Module) -> list[Undo]:
+    def install_processors(self, transformer: Any) -> list[Undo]:
         """Give every layer its own `DispatchedJointAttention`."""
         undo: list[Undo] = []
         for layer in self.attention_layers(transformer):
@@ -75,7 +76,7 @@ class StableDiffusion3(PipelineFamily):
                     "other custom processors before accelerating."
                 )
             layer.processor = DispatchedJointAttention()
-            undo.append(lambda layer=layer, stock=stock: setattr(layer, "processor", stock))
+            undo.append(partial(setattr, layer, "processor", stock))
         return undo
 
 
@@ -90,7 +91,7 @@ class DispatchedJointAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -125,7 +126,7 @@ class DispatchedJointAttention:
         return attn.to_out[1](attn.to_out[0](image)), text_out
 
 
-def _project(attn: nn.Module, tokens: Tensor, pattern: str) -> list[Tensor]:
+def _project(attn: Any, tokens: Tensor, pattern: str) -> list[Tensor]:
     """Return query, key and value projections, fused into one matrix or not."""
     fused = getattr(attn, "to_qkv" if pattern == "to_{}" else "to_added_qkv", None)
     if fused is not None and getattr(attn, "fused_projections", False):

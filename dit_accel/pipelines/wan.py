@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_accel.call import TokenLayout
 from dit_accel.pipelines.base import (
@@ -40,12 +40,12 @@ class Wan(PipelineFamily):
         newer = getattr(pipe, "transformer_2", None) is not None
         return "wan2.2" if newer or config.get("expand_timesteps") else "wan"
 
-    def attention_layers(self, transformer: nn.Module) -> list[nn.Module]:
+    def attention_layers(self, transformer: Any) -> list[Any]:
         """Return every block's ``attn1``, VACE's control blocks last."""
         blocks = [*transformer.blocks, *getattr(transformer, "vace_blocks", [])]
         return [block.attn1 for block in blocks]
 
-    def read_inputs(self, transformer: nn.Module, kwargs: dict[str, Any]) -> ForwardInputs:
+    def read_inputs(self, transformer: Any, kwargs: dict[str, Any]) -> ForwardInputs:
         """Take the grid from the latent's shape ``[B, C, T, H, W]``."""
         grid = _grid(kwargs["hidden_states"], transformer)
         control = kwargs.get("control_hidden_states")
@@ -56,8 +56,8 @@ class Wan(PipelineFamily):
             keep_order="control video of another size" if ragged_control else None,
         )
 
-    def install_shuffle(self, transformer: nn.Module, shuffle: TokenShuffle) -> list[Undo]:
-        """Reorder after the patch embedding and in the rotary tables; restore after ``proj_out``."""
+    def install_shuffle(self, transformer: Any, shuffle: TokenShuffle) -> list[Undo]:
+        """Reorder after the patch embedding and in rotary tables; restore after ``proj_out``."""
 
         def patches(latent: Tensor) -> Tensor:
             return shuffle.into(latent.flatten(2), 2).view_as(latent)
@@ -65,7 +65,7 @@ class Wan(PipelineFamily):
         def tables(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
             return tuple(shuffle.into(table, 1) for table in rotary)
 
-        def timesteps(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def timesteps(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             # One timestep per token (Wan 2.2 5B) comes flattened over batch and tokens.
             length = kwargs.get("timestep_seq_len")
             if length is None or shuffle.gather is None:
@@ -86,6 +86,6 @@ class Wan(PipelineFamily):
         return undo
 
 
-def _grid(latent: Tensor, transformer: nn.Module) -> tuple[int, int, int]:
+def _grid(latent: Tensor, transformer: Any) -> tuple[int, int, int]:
     sizes = zip(latent.shape[2:], transformer.config.patch_size, strict=True)
-    return tuple(math.floor(n / p) for n, p in sizes)  # type: ignore[return-value]
+    return tuple(math.floor(n / p) for n, p in sizes)

@@ -25,7 +25,9 @@ SPARSE = [name for name in list_methods() if name != "dense"]
 
 @pytest.mark.parametrize("method", list_methods())
 def test_density_one_is_dense(subject, method):
-    accelerate_pipeline(subject.pipe, method, density=None if method == "dense" else 1, **EVERYWHERE)
+    accelerate_pipeline(
+        subject.pipe, method, density=None if method == "dense" else 1, **EVERYWHERE
+    )
     torch.testing.assert_close(subject.run(), subject.dense, rtol=1e-5, atol=1e-5)
     assert acceleration_report(subject.pipe).density == 1
 
@@ -83,7 +85,11 @@ def test_a_refused_acceleration_leaves_the_pipeline_as_it_was(subject):
 
 def test_dense_steps_and_layers_are_dense(subject):
     accelerate_pipeline(
-        subject.pipe, "gna", **SPARSE_OPTIONS["gna"], dense_steps=(1, 1), dense_layers=[1],
+        subject.pipe,
+        "gna",
+        **SPARSE_OPTIONS["gna"],
+        dense_steps=(1, 1),
+        dense_layers=[1],
         min_tokens=0,
     )
     subject.run()

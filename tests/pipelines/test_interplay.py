@@ -153,9 +153,7 @@ def test_pipelines_that_share_a_transformer():
 
     pipe = TINY_PIPELINES["wan"][0]()
     parts = {name: getattr(pipe, name) for name in ("tokenizer", "text_encoder", "vae")}
-    other = WanVideoToVideoPipeline(
-        **parts, transformer=pipe.transformer, scheduler=pipe.scheduler
-    )
+    other = WanVideoToVideoPipeline(**parts, transformer=pipe.transformer, scheduler=pipe.scheduler)
     accelerate_pipeline(pipe, **GNA)
     with pytest.raises(ValueError, match="shares this transformer"):
         accelerate_pipeline(other, **GNA)
@@ -192,8 +190,10 @@ def test_an_error_inside_a_forward_does_not_stick():
 
 def test_control_residuals_follow_the_token_order():
     """ControlNet residuals come in raster order; they must meet the reordered tokens."""
-    for name, keyword in (("flux", "controlnet_block_samples"),
-                          ("sd3", "block_controlnet_hidden_states")):
+    for name, keyword in (
+        ("flux", "controlnet_block_samples"),
+        ("sd3", "block_controlnet_hidden_states"),
+    ):
         build, arguments = TINY_PIPELINES[name]
         pipe = build()
         tokens = 255
@@ -212,8 +212,9 @@ def test_control_residuals_follow_the_token_order():
         # A window over everything leaves nothing out, but its tile order is still applied.
         from dit_accel import GNA as Gna
 
-        accelerate_pipeline(pipe, Gna(window=(1, 14, 16), block_size=16), dense_steps=0,
-                            min_tokens=0)
+        accelerate_pipeline(
+            pipe, Gna(window=(1, 14, 16), block_size=16), dense_steps=0, min_tokens=0
+        )
         nearly = pipe.transformer(**inputs)[0]
         close = (nearly - dense).abs().mean() / dense.abs().mean()
         assert close < 0.02, f"{name}: {close}"

@@ -1,0 +1,44 @@
+# Every target sets up what it needs in a virtual environment: only python3, make and git have to
+# be there. `make test PYTEST_ARGS="tests/cli -x"` runs some of the tests.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
+PROMPT ?= a large red circle moving right on a blue background
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: demo test test-oldest lint format wheel clean
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint $(CONSTRAINTS)
+	@touch $@
+
+demo: $(READY)  ## one video twice, dense and accelerated
+	$(BIN)/dit-accel generate "$(PROMPT)" --model tiny-wan --method radial --compare \
+		--output outputs/demo.mp4 --force
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-oldest:  ## the same tests with the oldest supported diffusers and transformers
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(READY)
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf build dist outputs $(VENV) $(VENV)-oldest .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,375 @@
+"""The drawn world that tiny-wan learns: captioned clips of moving, textured shapes.
+
+A `Scene` says what is in a clip, `caption` puts it into words, and `render` draws it in batched,
+anti-aliased plain torch at any length and size. Lengths are in frame widths and heights (0 to 1),
+angles in radians; a clip is [C, T, H, W] in [-1, 1].
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+RGB = tuple[float, float, float]
+
+# Each colour has two tones: the second fills the stripes, dots and squares of a texture.
+COLOURS: dict[str, tuple[RGB, RGB]] = {
+    "red": ((0.90, 0.10, 0.10), (1.00, 0.60, 0.55)),
+    "green": ((0.10, 0.80, 0.15), (0.62, 0.98, 0.60)),
+    "blue": ((0.15, 0.30, 0.98), (0.55, 0.72, 1.00)),
+    "yellow": ((0.97, 0.90, 0.10), (0.60, 0.56, 0.00)),
+    "orange": ((0.98, 0.52, 0.05), (1.00, 0.78, 0.42)),
+    "cyan": ((0.10, 0.88, 0.92), (0.02, 0.48, 0.52)),
+    "magenta": ((0.92, 0.15, 0.85), (1.00, 0.65, 0.97)),
+    "white": ((0.97, 0.97, 0.97), (0.76, 0.76, 0.80)),
+}
+BACKGROUNDS: dict[str, RGB] = {
+    "black": (0.03, 0.03, 0.03),
+    "gray": (0.40, 0.40, 0.40),
+    "dark blue": (0.05, 0.07, 0.34),
+    "dark green": (0.03, 0.26, 0.08),
+    "brown": (0.33, 0.18, 0.08),
+    "purple": (0.27, 0.07, 0.38),
+}
+SIZES = {"small": 0.12, "large": 0.215}  # radius
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
+TEXTURES = ("plain", "striped", "dotted", "checkered")
+PATTERNS = ("plain", "striped", "checkered", "dotted", "cloudy")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+MOTIONS = (
+    *(f"moving {d}" for d in DIRECTIONS),
+    "staying still",
+    "growing",
+    "shrinking",
+    "spinning",
+)
+CAMERAS = ("still", *(f"panning {d}" for d in DIRECTIONS), "zooming in", "zooming out")
+SYNONYMS = {
+    "circle": ("ball", "disc"),
+    "square": ("box",),
+    "cross": ("plus",),
+    "ring": ("donut",),
+    "small": ("little", "tiny"),
+    "large": ("big",),
+    "spinning": ("rotating",),
+    "growing": ("expanding",),
+    "staying still": ("not moving", "static"),
+    "moving": ("sliding", "going"),
+    "gray": ("grey",),
+    "dotted": ("spotted",),
+    "checkered": ("checked",),
+}
+CLOUD_WAVES = 6
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn object."""
+
+    size: str
+    colour: str
+    texture: str
+    shape: str
+    motion: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows; later things lie in front of earlier ones."""
+
+    things: tuple[Thing, ...]
+    background: str
+    pattern: str = "plain"
+    camera: str = "still"
+
+    @classmethod
+    def from_dict(cls, entry: dict) -> "Scene":
+        """Read what `dataclasses.asdict` wrote; other keys are ignored."""
+        known = {f.name: entry[f.name] for f in fields(cls) if f.name in entry}
+        return cls(**{**known, "things": tuple(Thing(**t) for t in entry["things"])})
+
+
+def sample_thing(rng: random.Random, taken: set[str], motions: tuple[str, ...]) -> Thing:
+    """A random thing in a colour outside `taken`."""
+    shape = rng.choice(SHAPES)
+    texture = "plain" if rng.random() < 0.5 else rng.choice(TEXTURES[1:])
+    if texture == "plain" and shape in ("circle", "ring"):  # these would not be seen to spin
+        motions = tuple(m for m in motions if m != "spinning")
+    colour = rng.choice([c for c in COLOURS if c not in taken])
+    return Thing(rng.choice(list(SIZES)), colour, texture, shape, rng.choice(motions))
+
+
+def sample_scene(rng: random.Random, things: int | None = None) -> Scene:
+    """A random scene of one to three things (or `things`); the camera moves in a fifth of them.
+
+    Under a moving camera all things stay where they are in the world, and the background has a
+    pattern that shows the movement in both axes.
+    """
+    count = things or rng.choices((1, 2, 3), (0.62, 0.27, 0.11))[0]
+    moves = rng.random() < 0.2
+    camera = rng.choice(CAMERAS[1:]) if moves else "still"
+    pattern = rng.choice(PATTERNS[2:] if moves else ("plain", *PATTERNS))
+    motions = ("staying still", "spinning") if moves else (*MOTIONS, "spinning")
+    chosen: list[Thing] = []
+    for _ in range(count):
+        chosen.append(sample_thing(rng, {t.colour for t in chosen}, motions))
+    return Scene(tuple(chosen), rng.choice(list(BACKGROUNDS)), pattern, camera)
+
+
+def sample_crowd(rng: random.Random, count: int) -> Scene:
+    """A crowded scene without a sensible caption: more edges a pixel, to train the autoencoder."""
+    things = tuple(sample_thing(rng, set(), MOTIONS) for _ in range(count))
+    camera = rng.choice(("still", *CAMERAS))
+    return Scene(things, rng.choice(list(BACKGROUNDS)), rng.choice(PATTERNS), camera)
+
+
+def caption(scene: Scene, rng: random.Random | None = None) -> str:
+    """Describe the scene; with `rng` in varied words and order, and sometimes less than all."""
+
+    def say(word: str) -> str:
+        if rng is not None and word in SYNONYMS and rng.random() < 0.12:
+            return rng.choice(SYNONYMS[word])
+        return word
+
+    def drop(share: float) -> bool:
+        return rng is not None and rng.random() < share
+
+    def noun(thing: Thing) -> str:
+        words = [] if drop(0.08) else [say(thing.size)]
+        if thing.texture != "plain" and not drop(0.05):
+            words.append(say(thing.texture))
+        return " ".join([*words, thing.colour, say(thing.shape)])
+
+    def motion(thing: Thing) -> str:
+        if thing.motion in SYNONYMS:
+            return say(thing.motion)
+        return " ".join(say(w) for w in thing.motion.split())
+
+    pattern = "" if scene.pattern == "plain" else say(scene.pattern) + " "
+    place = f"{pattern}{say(scene.background)} background"
+    style = 0.0 if rng is None else rng.random()
+    if style < 0.65:
+        text = " and ".join(f"a {noun(t)} {motion(t)}" for t in scene.things) + f" on a {place}"
+    elif style < 0.78:
+        text = " and ".join(f"a {noun(t)} is {motion(t)}" for t in scene.things) + f" on a {place}"
+    elif style < 0.88:
+        text = ", ".join(f"{noun(t)} {motion(t)}" for t in scene.things) + f", {place}"
+    elif style < 0.96:
+        text = f"on a {place}, " + " and ".join(f"a {noun(t)} {motion(t)}" for t in scene.things)
+    else:
+        text = " and ".join(f"a {noun(t)} {motion(t)}" for t in scene.things)
+    return text if scene.camera == "still" else f"{text}, camera {scene.camera}"
+
+
+def vocabulary() -> list[str]:
+    """Every word a caption may hold, sorted."""
+    phrases = ["a an the on is are and with of to in out , . camera video object shape background"]
+    phrases += [*SIZES, *COLOURS, *TEXTURES, *PATTERNS, *SHAPES, *MOTIONS, *CAMERAS, *BACKGROUNDS]
+    phrases += [s for group in SYNONYMS.values() for s in group]
+    return sorted({word for phrase in phrases for word in phrase.split()})
+
+
+def second_tone(rgb: Tensor) -> Tensor:
+    """The lighter tone of a background's pattern."""
+    return (rgb * 1.2 + 0.1).clamp(max=1)
+
+
+def _place(scene: Scene, rng: random.Random) -> tuple[list[list[float]], list[list[float]]]:
+    """Per thing its (x, y, radius, angle) at the clip's start and end."""
+    count = len(scene.things)
+    crowd = count > 3
+    scale = {1: 1.0, 2: 0.85, 3: 0.72}.get(count, 0.8)
+    # Two or three things start in lanes of their own; whoever moves across lanes passes others.
+    lanes = {1: [0.0], 2: [-0.25, 0.25], 3: [-0.3, 0.0, 0.3]}.get(count, [0.0] * count)
+    rng.shuffle(lanes)
+    across = scene.things[0].motion in ("moving left", "moving right")
+    starts, ends = [], []
+    for thing, lane in zip(scene.things, lanes, strict=True):
+        r = SIZES[thing.size] * scale * rng.uniform(0.92, 1.08)
+        low, high = (0.1, 0.9) if crowd else (0.36, 0.64)
+        x, y = rng.uniform(low, high), rng.uniform(low, high)
+        if count in (2, 3) and across:
+            y = 0.5 + lane + rng.uniform(-0.03, 0.03)
+        elif count in (2, 3):
+            x = 0.5 + lane + rng.uniform(-0.03, 0.03)
+        angle = rng.uniform(-0.06, 0.06)
+        start, end = [x, y, r, angle], [x, y, r, angle]
+        kind, _, way = thing.motion.partition(" ")
+        if kind == "moving":
+            axis = 0 if way in ("left", "right") else 1
+            reach = rng.uniform(0.44, 0.56) if thing.size == "small" else rng.uniform(0.36, 0.46)
+            middle = rng.uniform(0.3, 0.7) if crowd else 0.5 + rng.uniform(-0.03, 0.03)
+            sign = DIRECTIONS[way][axis]
+            start[axis], end[axis] = middle - sign * reach / 2, middle + sign * reach / 2
+        elif kind == "growing":
+            start[2], end[2] = 0.45 * r, 1.25 * r
+        elif kind == "shrinking":
+            start[2], end[2] = 1.25 * r, 0.45 * r
+        elif kind == "spinning":
+            end[3] = angle + rng.uniform(0.9, 1.1) * math.pi
+        starts.append(start)
+        ends.append(end)
+    return starts, ends
+
+
+def _camera(camera: str, rng: random.Random) -> list[float]:
+    """(x, y) travelled over the clip, and the log of the zoom at its start and end."""
+    kind, _, way = camera.partition(" ")
+    if kind == "panning":
+        reach = rng.uniform(0.25, 0.35)
+        return [DIRECTIONS[way][0] * reach, DIRECTIONS[way][1] * reach, 0.0, 0.0]
+    if kind == "zooming":
+        half = rng.uniform(0.2, 0.27) * (1 if way == "in" else -1)
+        return [0.0, 0.0, -half, half]
+    return [0.0, 0.0, 0.0, 0.0]
+
+
+def scene_tensors(scenes: list[Scene], seed: int, slots: int = 3) -> list[Tensor]:
+    """What `render` draws: one row a scene, `slots` things each (missing ones have no radius).
+
+    Returns start and end [N, K, 4], shape and texture [N, K], thing tones [N, K, 2, 3],
+    background tones [N, 2, 3], pattern [N], pattern frequency, phase and angle [N, 3],
+    cloud waves [N, W, 3], camera [N, 4].
+    """
+    rng = random.Random(seed)
+    noise = torch.Generator().manual_seed(seed)
+    n = len(scenes)
+    start, end = torch.zeros(n, slots, 4), torch.zeros(n, slots, 4)
+    shape = torch.zeros(n, slots, dtype=torch.long)
+    texture = torch.zeros(n, slots, dtype=torch.long)
+    tones = torch.zeros(n, slots, 2, 3)
+    for i, scene in enumerate(scenes):
+        k = len(scene.things)
+        placed = _place(scene, rng)
+        start[i, :k], end[i, :k] = torch.tensor(placed[0]), torch.tensor(placed[1])
+        shape[i, :k] = torch.tensor([SHAPES.index(t.shape) for t in scene.things])
+        texture[i, :k] = torch.tensor([TEXTURES.index(t.texture) for t in scene.things])
+        tones[i, :k] = torch.tensor([COLOURS[t.colour] for t in scene.things])
+    tones = tones * (1 - 0.06 * torch.rand(n, slots, 1, 1, generator=noise))
+    base = torch.tensor([BACKGROUNDS[s.background] for s in scenes])
+    ground = torch.stack((base, second_tone(base)), 1)
+    ground = ground * (0.94 + 0.12 * torch.rand(n, 1, 1, generator=noise))
+    pattern = torch.tensor([PATTERNS.index(s.pattern) for s in scenes])
+    low = torch.tensor([0.0, 4.0, 2.5, 4.5, 0.0])[pattern]
+    look = torch.rand(n, 3, generator=noise)
+    look = torch.stack((low * (1 + 0.4 * look[:, 0]), 2 * math.pi * look[:, 1], 0.5 + 0.5 * look[:, 2]), 1)
+    waves = torch.rand(n, CLOUD_WAVES, 3, generator=noise)
+    way, cycles = 2 * math.pi * waves[..., 0], 2.0 + 5.0 * waves[..., 1]
+    waves = torch.stack((way.cos() * cycles, way.sin() * cycles, waves[..., 2]), -1) * 2 * math.pi
+    camera = torch.tensor([_camera(s.camera, rng) for s in scenes])
+    return [start, end, shape, texture, tones, ground, pattern, look, waves, camera]
+
+
+def _distance(shape: Tensor, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
+    """Signed distance (negative inside) to the outline of each shape of radius `r`."""
+    d = (x * x + y * y).sqrt()
+    k = math.sqrt(3) / 2
+    square = torch.maximum(x.abs(), y.abs()) - 0.84 * r
+    triangle = torch.maximum(y, k * x.abs() - 0.5 * y) - 0.55 * r
+    bar, arm = 0.33 * r, r
+    cross = torch.minimum(
+        torch.maximum(x.abs() - bar, y.abs() - arm), torch.maximum(x.abs() - arm, y.abs() - bar)
+    )
+    ring = (d - 0.74 * r).abs() - 0.26 * r
+    # A star's edge is a straight line between an outer tip and an inner corner, in one tenth turn.
+    turn = torch.atan2(x, -y) * (5 / (2 * math.pi))
+    a = (turn - turn.round()).abs() * (2 * math.pi / 5)
+    outer, inner = 1.12, 0.48
+    tip, corner = (0.0, outer), (inner * math.sin(math.pi / 5), inner * math.cos(math.pi / 5))
+    nx, ny = tip[1] - corner[1], corner[0] - tip[0]
+    length = math.hypot(nx, ny)
+    star = (d * a.sin() * nx + (d * a.cos() - outer * r) * ny) / length
+    out = torch.where(shape == 0, d - r, square)
+    for index, value in ((2, triangle), (3, cross), (4, ring), (5, star)):
+        out = torch.where(shape == index, value, out)
+    return out
+
+
+def _paint_background(ground, pattern, look, waves, x, y, pixels) -> Tensor:
+    """Colour [N, 3, T, H, W] at world positions x, y; `pixels` is the length of 1 in pixels."""
+    column = (-1, 1, 1, 1)
+    cycles, phase, angle = (look[:, i].view(column) for i in range(3))
+    kind = pattern.view(column)
+    w = cycles * 2 * math.pi
+    striped = torch.sin((x * angle.cos() + y * angle.sin()) * w + phase)
+    checkered = 1.5 * torch.sin(x * w + phase) * torch.sin(y * w + phase)
+    dotted = torch.cos(x * w + phase) + torch.cos(y * w + phase) - 1.0
+    edge = torch.where(kind == 1, striped, torch.where(kind == 2, checkered, dotted))
+    share = (edge * pixels / w.clamp(min=1e-3) + 0.5).clamp(0, 1)
+    cloudy = sum(
+        torch.sin(x * waves[:, i, 0].view(column) + y * waves[:, i, 1].view(column) + waves[:, i, 2].view(column))
+        for i in range(waves.shape[1])
+    )
+    share = torch.where(kind == 4, (0.5 + 0.18 * cloudy).clamp(0, 1), share)
+    share = torch.where(kind == 0, torch.zeros_like(share), share)[:, None]
+    first, second = ground[:, 0].view(-1, 3, 1, 1, 1), ground[:, 1].view(-1, 3, 1, 1, 1)
+    return first + (second - first) * share
+
+
+def _paint_thing(image, place, shape, texture, tones, x, y, pixels) -> Tensor:
+    """Draw one thing, its texture and its soft shadow over `image` [N, 3, T, H, W]."""
+    column = (-1, 1, 1, 1)
+    cx, cy, r, angle = place.unbind(-1)
+    cx, cy, r, angle = (v[:, :, None, None] for v in (cx, cy, r, angle))
+    shape, texture = shape.view(column), texture.view(column)
+    there = (r > 0).to(image.dtype)
+    r = r.clamp(min=1e-3)
+    cos, sin = angle.cos(), angle.sin()
+
+    def turned(dx, dy):
+        return dx * cos + dy * sin, dy * cos - dx * sin
+
+    dx, dy = x - cx, y - cy
+    shadow = _distance(shape, *turned(dx - 0.018, dy - 0.03), r)
+    dark = 0.4 * there * (0.5 - shadow / 0.03).clamp(0, 1)
+    u, v = turned(dx, dy)
+    cover = (there * (0.5 - _distance(shape, u, v, r) * pixels).clamp(0, 1))[:, None]
+    w = 2 * math.pi * torch.where(texture == 3, 0.8, torch.where(texture == 2, 1.7, 1.4)) / r
+    striped = torch.sin(v * w)
+    dotted = torch.cos(u * w) + torch.cos(v * w) - 0.9
+    checkered = 1.5 * torch.sin(u * w) * torch.sin(v * w)
+    edge = torch.where(texture == 1, striped, torch.where(texture == 2, dotted, checkered))
+    share = torch.where(texture == 0, torch.zeros_like(edge), (edge * pixels / w + 0.5).clamp(0, 1))[:, None]
+    first, second = tones[:, 0].view(-1, 3, 1, 1, 1), tones[:, 1].view(-1, 3, 1, 1, 1)
+    light = 1.0 - 0.12 * ((dx + dy) / r * 0.5).clamp(-1, 1)
+    colour = (first + (second - first) * share) * light[:, None]
+    return image * (1 - dark[:, None]) * (1 - cover) + colour.clamp(0, 1) * cover
+
+
+def make_renderer(compiled: bool = False) -> Callable[..., Tensor]:
+    """A function (scene tensors..., frames, height, width) -> clips [N, 3, T, H, W] in [-1, 1].
+
+    `compiled` fuses the painting of each layer, for GPUs.
+    """
+    paint_background, paint_thing = _paint_background, _paint_thing
+    if compiled:
+        paint_background = torch.compile(paint_background, dynamic=True)
+        paint_thing = torch.compile(paint_thing, dynamic=True)
+
+    def draw(start, end, shape, texture, tones, ground, pattern, look, waves, camera, *, size) -> Tensor:
+        frames, height, width = size
+        t = torch.linspace(0, 1, frames, device=start.device)
+        rows = ((torch.arange(height, device=start.device) + 0.5) / height).view(1, 1, -1, 1)
+        columns = ((torch.arange(width, device=start.device) + 0.5) / width).view(1, 1, 1, -1)
+        zoom = (camera[:, 2:3] + (camera[:, 3:4] - camera[:, 2:3]) * t).exp()[..., None, None]
+        pan = (camera[:, :2, None] * (t - 0.5))[..., None, None]  # [N, 2, T, 1, 1]
+        x, y = (columns - 0.5) / zoom + 0.5 + pan[:, 0], (rows - 0.5) / zoom + 0.5 + pan[:, 1]
+        pixels = zoom * height
+        image = paint_background(ground, pattern, look, waves, x, y, pixels)
+        t = t.view(1, -1, 1)
+        for k in range(start.shape[1]):
+            place = start[:, k, None] * (1 - t) + end[:, k, None] * t  # [N, T, 4]
+            image = paint_thing(image, place, shape[:, k], texture[:, k], tones[:, k], x, y, pixels)
+        return image * 2 - 1
+
+    return draw
+
+
+def render(scenes: list[Scene], size: tuple[int, int, int], seed: int, device="cpu") -> Tensor:
+    """Draw `scenes` at `size` (frames, height, width); returns [N, 3, T, H, W] in [-1, 1]."""
+    slots = max(len(s.things) for s in scenes)
+    tensors = [t.to(device) for t in scene_tensors(scenes, seed, slots)]
+    return make_renderer()(*tensors, size=size)
