@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_accel.call import TokenLayout
 from dit_accel.grid import RASTER, TokenOrder
 from dit_accel.kernels.gather import QueryRows, gather_rows
-from dit_accel.kernels.tiles import TileLists, tile_lists_from_block_mask
+from dit_accel.kernels.tiles import TileLists, listed_blocks, tile_lists_from_block_mask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -84,7 +84,10 @@ class BlockSparsePlan:
     @cached_property
     def block_density(self) -> float:
         """Share of all (query, key) pairs that lie in visited blocks: what a kernel computes."""
-        return self._share(self._visited_pairs())
+        visited = (dense_block_states(self.video_mask) != EMPTY).flatten(0, 1)
+        size, video = self.video_mask.BLOCK_SIZE[0], self.layout.video_length
+        pairs = [visited_pairs(one, size, video) for one in visited]
+        return self._share(sum(pairs) / len(pairs))
 
     @cached_property
     def density(self) -> float:
@@ -95,14 +98,6 @@ class BlockSparsePlan:
     def has_whole_blocks_only(self) -> bool:
         """Whether no block is partly masked, the ragged last one aside."""
         return int(self.video_mask.kv_num_blocks.sum()) == 0
-
-    def _visited_pairs(self) -> float:
-        mask, size = self.video_mask, self.video_mask.BLOCK_SIZE[0]
-        counts = torch.full((mask.kv_num_blocks.shape[-1],), size, device=mask.kv_indices.device)
-        counts[-1] = self.layout.video_length - size * (len(counts) - 1)
-        visited = dense_block_states(mask) != EMPTY
-        pairs = visited.double() * counts[:, None] * counts[None, :]
-        return float(pairs.sum((-1, -2)).mean())
 
     def _share(self, video_pairs: float) -> float:
         total, video = self.layout.num_tokens, self.layout.video_length
@@ -139,9 +134,11 @@ def block_mask_from_states(
 def dense_block_states(mask: BlockMask) -> Tensor:
     """Return int8 ``[B, H, Q, K]`` with the state of each pair of blocks of ``mask``."""
     columns = math.ceil(mask.seq_lengths[1] / mask.BLOCK_SIZE[1])
-    states = _scatter(mask.kv_num_blocks, mask.kv_indices, columns) * PARTIAL
+    partial = listed_blocks(mask.kv_num_blocks, mask.kv_indices, columns)
+    states = partial.to(torch.int8) * PARTIAL
     if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
-        states = states + _scatter(mask.full_kv_num_blocks, mask.full_kv_indices, columns) * FULL
+        full = listed_blocks(mask.full_kv_num_blocks, mask.full_kv_indices, columns)
+        states = states + full.to(torch.int8) * FULL
     return states
 
 
@@ -169,15 +166,14 @@ def with_text(video_mask: BlockMask, layout: TokenLayout) -> BlockMask:
     return block_mask_from_states(states, size, total, mask_mod)
 
 
+def visited_pairs(visited: Tensor, block_size: int, num_tokens: int) -> float:
+    """Count the token pairs in the visited pairs of blocks, bool ``[Q, K]``."""
+    sizes = torch.full((len(visited),), block_size, dtype=torch.float64, device=visited.device)
+    sizes[-1] = num_tokens - block_size * (len(visited) - 1)
+    return float(sizes @ visited.double() @ sizes)
+
+
 def _ascending_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Bool ``[..., Q, K]`` -> int32 counts ``[..., Q]`` and indices, the chosen ones first."""
     indices = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32), indices.to(torch.int32)
-
-
-def _scatter(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """Inverse of `_ascending_lists`, as int8 zeros and ones."""
-    listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-    out = torch.zeros(*indices.shape[:-1], columns + 1, dtype=torch.int8, device=indices.device)
-    target = torch.where(listed, indices, columns).long()
-    return out.scatter_(-1, target, 1)[..., :columns]

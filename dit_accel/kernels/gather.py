@@ -42,7 +42,7 @@ def gather_rows(lists: TileLists, text_length: int) -> list[list[list[QueryRows]
     seeing_all = [QueryRows(slice(lists.num_tokens, total), slice(0, total), None)]
 
     def parts(b: int, h: int) -> list[QueryRows]:
-        video = [_tile_rows(lists, (b, h, tile), text) for tile in range(tiles)]
+        video = _merged([_tile_rows(lists, (b, h, tile), text) for tile in range(tiles)])
         return video + seeing_all if text_length else video
 
     return [[parts(b, h) for h in range(heads)] for b in range(batches)]
@@ -67,20 +67,23 @@ def gathered_attention(
 
     Rows without any key give output 0 and LSE -inf.
     """
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = torch.empty_like(query).transpose(1, 2)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
+    batch, total, num_heads, _ = query.shape
+    out = torch.empty_like(query)
+    lse = query.new_empty((batch, num_heads, total), dtype=torch.float32) if return_lse else None
     for b, heads in enumerate(table):
         for h, parts in enumerate(heads):
-            batch = slice(None) if len(table) == 1 else slice(b, b + 1)
-            head = slice(None) if len(heads) == 1 else slice(h, h + 1)
+            chosen_b = slice(None) if len(table) == 1 else slice(b, b + 1)
+            chosen_h = slice(None) if len(heads) == 1 else slice(h, h + 1)
+            q, k, v = (x[chosen_b, :, chosen_h] for x in (query, key, value))
             for part in parts:
-                where = (batch, head, part.rows)
-                keys, values = (_take(x[batch, head], part.keys) for x in (k, v))
-                out[where] = _attend(q[where], keys, values, part.mask, scale)
+                rows = q[:, part.rows].transpose(1, 2)
+                # Gathered as whole token rows, all heads at once: the fewest separate copies.
+                keys, values = (_take(x, part.keys).transpose(1, 2) for x in (k, v))
+                seen = _attend(rows, keys, values, part.mask, scale)
+                out[chosen_b, part.rows, chosen_h] = seen.transpose(1, 2)
                 if lse is not None:
-                    lse[where] = _lse(q[where], keys, part.mask, scale)
-    return out.transpose(1, 2), lse
+                    lse[chosen_b, chosen_h, part.rows] = _lse(rows, keys, part.mask, scale)
+    return out, lse
 
 
 def _tile_rows(lists: TileLists, index: tuple[int, int, int], text: Tensor) -> QueryRows:
@@ -107,6 +110,24 @@ def _tile_rows(lists: TileLists, index: tuple[int, int, int], text: Tensor) -> Q
     return QueryRows(rows, keys, mask)
 
 
+def _merged(parts: list[QueryRows]) -> list[QueryRows]:
+    """Join neighbouring rows that see the same keys: fewer and larger products."""
+    merged = parts[:1]
+    for part in parts[1:]:
+        last = merged[-1]
+        if part.mask is None and last.mask is None and _same_keys(part.keys, last.keys):
+            merged[-1] = QueryRows(slice(last.rows.start, part.rows.stop), last.keys, None)
+        else:
+            merged.append(part)
+    return merged
+
+
+def _same_keys(a: slice | Tensor, b: slice | Tensor) -> bool:
+    if isinstance(a, slice) or isinstance(b, slice):
+        return isinstance(a, slice) and isinstance(b, slice) and a == b
+    return torch.equal(a, b)
+
+
 def unpack_bits(bits: Tensor, size: int) -> Tensor:
     """Int64 words ``[..., ceil(size/64)]`` -> bool ``[..., size]``, lowest bit first."""
     shifts = torch.arange(64, device=bits.device)
@@ -114,7 +135,7 @@ def unpack_bits(bits: Tensor, size: int) -> Tensor:
 
 
 def _take(tokens: Tensor, keys: slice | Tensor) -> Tensor:
-    return tokens[:, :, keys] if isinstance(keys, slice) else tokens.index_select(2, keys)
+    return tokens[:, keys] if isinstance(keys, slice) else tokens.index_select(1, keys)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

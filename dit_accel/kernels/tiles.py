@@ -90,9 +90,9 @@ def tile_lists_from_block_mask(block_mask: BlockMask, num_tokens: int) -> TileLi
             f"the block mask has {block_mask.kv_num_blocks.shape[-1]} rows of {size} tokens, but "
             f"{num_tokens} video tokens make {blocks}; build it over the video tokens alone."
         )
-    states = _scatter(block_mask.kv_num_blocks, block_mask.kv_indices, blocks) * _PARTIAL
+    states = listed_blocks(block_mask.kv_num_blocks, block_mask.kv_indices, blocks) * _PARTIAL
     if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
-        full = _scatter(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
+        full = listed_blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
         states = torch.where(full, _FULL, states)
 
     tiles = (states == _PARTIAL).nonzero().int()
@@ -243,7 +243,7 @@ def _listed(counts: Tensor, indices: Tensor) -> Tensor:
     return torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
 
 
-def _scatter(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+def listed_blocks(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     """Inverse of `_ascending_lists`: bool ``[..., Q, columns]``."""
     listed = _listed(counts, indices)
     chosen = torch.zeros(*indices.shape[:-1], columns + 1, dtype=torch.bool, device=indices.device)

@@ -23,6 +23,7 @@ from dit_accel.plan import (
     TokenPredicate,
     block_mask_from_states,
     dense_block_states,
+    visited_pairs,
 )
 
 
@@ -143,13 +144,6 @@ class StaticMethod(AttentionMethod):
         video, total = layout.video_length, layout.num_tokens
         pairs = visited_pairs(states != EMPTY, self.block_size, video)
         return (pairs + total**2 - video**2) / total**2
-
-
-def visited_pairs(visited: Tensor, block_size: int, num_tokens: int) -> float:
-    """Count the token pairs in the visited pairs of blocks, bool ``[Q, K]``."""
-    sizes = torch.full((len(visited),), block_size, dtype=torch.float64, device=visited.device)
-    sizes[-1] = num_tokens - block_size * (len(visited) - 1)
-    return float(sizes @ visited.double() @ sizes)
 
 
 def check_density(density: float) -> None:
