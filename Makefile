@@ -10,7 +10,7 @@ PROMPT ?= a large red circle moving right on a blue background
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-oldest lint format wheel clean
+.PHONY: demo app eval test test-oldest lint format bench wheel clean
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,14 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 demo: $(READY)  ## one video twice, dense and accelerated
 	$(BIN)/dit-accel generate "$(PROMPT)" --model tiny-wan --method radial --compare \
 		--output outputs/demo.mp4 --force
+
+app: $(READY)  ## the demo page, on http://127.0.0.1:7860
+	$(BIN)/python app.py
+
+# About TIME minutes on two CPU cores; without options benchmarks/quality.py measures more.
+eval: $(READY)  ## what methods cost in quality, on a few prompts
+	$(BIN)/python benchmarks/quality.py --methods radial,gna --density 0.5 \
+		--set block_size=32 --prompts 2 --device cpu
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -35,6 +43,9 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(READY)  ## the kernel beside its peers; needs a CUDA GPU
+	$(BIN)/python benchmarks/kernels.py --output outputs/kernels.json
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel --no-isolation

@@ -152,16 +152,7 @@ def generate(
     progress: Progress | None = None,
 ) -> Generation:
     """Run a pipeline on one request. The seed gives the same noise on every device."""
-    arguments = pipeline_arguments(pipe, request)
-    stopwatch = _Stopwatch(pipe, stage, progress)
-    pipe.set_progress_bar_config(disable=True)
-    with stopwatch:
-        output = pipe(
-            **arguments,
-            generator=torch.Generator().manual_seed(request.seed),
-            output_type="pt",
-            callback_on_step_end=stopwatch.step_end,
-        )
+    output, stopwatch = _run(pipe, request, stage, progress)
     frames = output.frames[0] if hasattr(output, "frames") else output.images[:1]
     return Generation(frames.float().cpu(), stopwatch.total_s, stopwatch.denoise_s)
 
@@ -194,17 +185,41 @@ def generate_accelerated(
     """
     dense = None
     if compare:
-        one_step = replace(request, steps=1)
         # Sparse from the first step on, or the warm-up would miss what it is there to compile. It
         # comes first, so that options this pipeline can't take are refused without a long wait.
         accelerate_pipeline(pipe, method, **{**options, "dense_steps": 0, "dense_layers": 0})
-        generate(pipe, one_step, stage=f"warming up ({method})", progress=progress)
+        _warm_up(pipe, request, f"warming up ({method})", progress)
         restore_pipeline(pipe)
-        generate(pipe, one_step, stage="warming up (dense)", progress=progress)
+        _warm_up(pipe, request, "warming up (dense)", progress)
         dense = generate(pipe, request, stage="denoising (dense)", progress=progress)
     accelerate_pipeline(pipe, method, **options)
     accelerated = generate(pipe, request, stage=f"denoising ({method})", progress=progress)
     return Result(accelerated, acceleration_report(pipe), dense)
+
+
+def _run(
+    pipe: Any,
+    request: GenerationRequest,
+    stage: str,
+    progress: Progress | None,
+    output_type: str = "pt",
+) -> tuple[Any, _Stopwatch]:
+    arguments = pipeline_arguments(pipe, request)
+    pipe.set_progress_bar_config(disable=True)
+    with _Stopwatch(pipe, stage, progress) as stopwatch:
+        output = pipe(
+            **arguments,
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type=output_type,
+            callback_on_step_end=stopwatch.step_end,
+        )
+    return output, stopwatch
+
+
+def _warm_up(pipe: Any, request: GenerationRequest, stage: str, progress: Progress | None) -> None:
+    """Run one step. Decoding is warmed up only where its first run is slower: on a GPU."""
+    output_type = "latent" if pipe.device.type == "cpu" else "pt"
+    _run(pipe, replace(request, steps=1), stage, progress, output_type)
 
 
 class _Stopwatch:
@@ -216,7 +231,7 @@ class _Stopwatch:
         self._pipe = pipe
         self._first_call: float | None = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Stopwatch:
         transformers = (
             getattr(self._pipe, name, None) for name in ("transformer", "transformer_2")
         )
@@ -226,6 +241,7 @@ class _Stopwatch:
             if isinstance(module, nn.Module)
         ]
         self._started = _now()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.total_s = _now() - self._started

@@ -69,7 +69,8 @@ def test_wheel_contents(wheel):
 
 @pytest.mark.slow
 def test_installed_wheel_generates_elsewhere(installed, tmp_path):
-    where = run(installed / "python", "-c", "import dit_accel; print(dit_accel.__file__)")
+    show = "import dit_accel; print(dit_accel.__file__)"
+    where = run(installed / "python", "-c", show, cwd=tmp_path)
     assert ROOT not in Path(where.strip()).parents
     assert "tiny-wan" in list_models()
     run(

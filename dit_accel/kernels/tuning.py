@@ -33,8 +33,8 @@ def kernel_config(capability: tuple[int, int], head_size: int, itemsize: int) ->
         itemsize: bytes per element of query, key and value.
     """
     if itemsize == 4:
-        # Full-precision products run on the ordinary units, where small tiles are enough.
-        return KernelConfig(64, 32 if head_size <= 128 else 16, 4, 2)
+        # Full-precision products run on the ordinary units and need many registers.
+        return KernelConfig(64, 32, 8, 2) if head_size <= 128 else KernelConfig(32, 16, 8, 2)
     if capability[0] >= 9 and capability[0] < 12:
         if head_size > 128:
             return KernelConfig(128, 64, 8, 2, use_tma=True)

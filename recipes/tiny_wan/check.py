@@ -1,4 +1,4 @@
-"""Read colour, shape, motion, background and camera off clips of the drawn world, and score a model.
+"""Read colour, shape, motion, background and camera off clips, and score a model by them.
 
     python recipes/tiny_wan/check.py dit_accel/models/tiny-wan --output score.json
 
@@ -74,10 +74,17 @@ def find_colours(clip: Tensor, things: int) -> tuple[str, list[str]]:
 
 def thing_masks(clip: Tensor, background: str, colours: list[str]) -> Tensor:
     """Masks [K, T, H, W] of the things in `colours`."""
-    distances = [background_distance(clip, background), *(colour_distance(clip, c) for c in colours)]
+    distances = [
+        background_distance(clip, background),
+        *(colour_distance(clip, c) for c in colours),
+    ]
     label = torch.stack(distances).argmin(0)
     found = [opened(label == i + 1) for i in range(len(colours))]
-    return torch.stack(found) if found else torch.zeros(0, *label.shape, dtype=bool, device=clip.device)
+    return (
+        torch.stack(found)
+        if found
+        else torch.zeros(0, *label.shape, dtype=bool, device=clip.device)
+    )
 
 
 def positions(count: int, device) -> Tensor:
@@ -94,7 +101,9 @@ def track(mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack((x, y), 1) / area.clamp(min=1e-6)[:, None], area
 
 
-def undo_camera(points: Tensor, camera: tuple[float, float, float], t: Tensor) -> tuple[Tensor, Tensor]:
+def undo_camera(
+    points: Tensor, camera: tuple[float, float, float], t: Tensor
+) -> tuple[Tensor, Tensor]:
     """World positions of screen positions [T, ..., 2] and the zoom [T], at clip times `t` [T]."""
     dx, dy, rate = camera
     zoom = (rate * (t - 0.5)).exp()
@@ -111,15 +120,26 @@ def find_camera(clip: Tensor, free: Tensor) -> tuple[str, tuple[float, float, fl
     """
     guesses = [("still", (0.0, 0.0, 0.0))]
     for reach in (0.2, 0.3, 0.4):
-        guesses += [(f"panning {d}", (x * reach, y * reach, 0.0)) for d, (x, y) in DIRECTIONS.items()]
-        guesses += [("zooming in", (0.0, 0.0, 1.6 * reach)), ("zooming out", (0.0, 0.0, -1.6 * reach))]
+        guesses += [
+            (f"panning {d}", (x * reach, y * reach, 0.0)) for d, (x, y) in DIRECTIONS.items()
+        ]
+        guesses += [
+            ("zooming in", (0.0, 0.0, 1.6 * reach)),
+            ("zooming out", (0.0, 0.0, -1.6 * reach)),
+        ]
     step = len(clip) // 8
-    side = torch.meshgrid(positions(clip.shape[1], clip.device), positions(clip.shape[2], clip.device), indexing="ij")
+    side = torch.meshgrid(
+        positions(clip.shape[1], clip.device), positions(clip.shape[2], clip.device), indexing="ij"
+    )
     grid = torch.stack((side[1], side[0]), -1)[None]
     later = torch.cat((clip, free[..., None].float()), -1)[step:].permute(0, 3, 1, 2)
     costs = []
     for _, (dx, dy, rate) in guesses:
-        where, _ = undo_camera(grid, (-dx, -dy, -rate), torch.tensor([0.5 + step / (len(clip) - 1)], device=clip.device))
+        where, _ = undo_camera(
+            grid,
+            (-dx, -dy, -rate),
+            torch.tensor([0.5 + step / (len(clip) - 1)], device=clip.device),
+        )
         where = where.expand(len(later), -1, -1, -1) * 2 - 1
         seen = F.grid_sample(later, where, align_corners=False)
         weight = free[:-step] * (seen[:, 3] > 0.99)
@@ -132,7 +152,7 @@ def find_camera(clip: Tensor, free: Tensor) -> tuple[str, tuple[float, float, fl
 
 
 def find_pattern(clip: Tensor, free: Tensor, background: str) -> str:
-    """The background's pattern, from its share of the second tone and the direction of its edges."""
+    """The background's pattern, from the shares of its tones and the direction of its edges."""
     tone = torch.tensor(BACKGROUNDS[background], device=clip.device)
     line = world.second_tone(tone) - tone
     share = (clip - tone) @ line / line.square().sum()
@@ -173,7 +193,9 @@ def shape_masks(device="cpu") -> Tensor:
     out = []
     for index in range(len(SHAPES)):
         radius = torch.tensor(0.3, device=device)
-        edge = world._distance(torch.tensor(index, device=device), x * cos + y * sin, y * cos - x * sin, radius)
+        edge = world._distance(
+            torch.tensor(index, device=device), x * cos + y * sin, y * cos - x * sin, radius
+        )
         mask = (edge < 0).float()
         out.append(views(mask[:, None], *track(mask))[:, 0])
     return torch.stack(out)
@@ -288,7 +310,9 @@ def summary(marks: list[dict]) -> dict[str, float]:
     return {**shares, "all": sum(everything) / len(everything), "attributes": len(everything)}
 
 
-def generate(pipe, prompts: list[str], size: tuple[int, int, int], steps: int, guidance: float, batch: int):
+def generate(
+    pipe, prompts: list[str], size: tuple[int, int, int], steps: int, guidance: float, batch: int
+):
     """Yield a clip [T, H, W, 3] in [0, 1] a prompt; the i-th starts from seed i."""
     frames, height, width = size
     for i in range(0, len(prompts), batch):
@@ -312,18 +336,24 @@ def contact_sheet(clips: list[Tensor], path: Path, columns: int = 6, side: int =
     rows = []
     for clip in clips:
         picked = clip[torch.linspace(0, len(clip) - 1, columns).round().long()].permute(0, 3, 1, 2)
-        rows.append(F.interpolate(picked, (side, side), mode="area").permute(2, 0, 3, 1).flatten(1, 2))
+        rows.append(
+            F.interpolate(picked, (side, side), mode="area").permute(2, 0, 3, 1).flatten(1, 2)
+        )
     pixels = (torch.cat(rows).clamp(0, 1) * 255).round().byte().cpu().numpy()
     Image.fromarray(pixels).save(path)
 
 
 def main() -> None:
     """Generate the fixed prompts with a pipeline folder and write how many attributes are right."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="a saved WanPipeline")
     parser.add_argument("--output", type=Path, default=Path("score.json"))
     parser.add_argument("--sheet", type=Path, help="also save a picture with frames of all clips")
-    parser.add_argument("--size", type=int, nargs=3, default=(33, 256, 256), metavar=("FRAMES", "HEIGHT", "WIDTH"))
+    parser.add_argument(
+        "--size", type=int, nargs=3, default=(33, 256, 256), metavar=("FRAMES", "HEIGHT", "WIDTH")
+    )
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--batch", type=int, default=16)

@@ -61,7 +61,11 @@ def make_dit(config: dict) -> WanTransformer3DModel:
         elif name.endswith("weight") and p.ndim >= 2:
             nn.init.xavier_uniform_(p.view(p.shape[0], -1))
     embedder = dit.condition_embedder
-    for layer in (embedder.time_embedder.linear_1, embedder.time_embedder.linear_2, embedder.time_proj):
+    for layer in (
+        embedder.time_embedder.linear_1,
+        embedder.time_embedder.linear_2,
+        embedder.time_proj,
+    ):
         nn.init.normal_(layer.weight, std=0.02)
     nn.init.zeros_(dit.proj_out.weight)
     for block in dit.blocks:
@@ -80,7 +84,9 @@ class PaddedTextProcessor(WanAttnProcessor):
         super().__init__()
         self.bias = bias  # [TEXT_TOKENS], changed in place
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+    ):
         """As `WanAttnProcessor`, for attention over text only."""
         q, k, v = (
             x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
@@ -96,7 +102,9 @@ class PaddedTextProcessor(WanAttnProcessor):
 
 
 @torch.no_grad()
-def encode_clips(vae, tokenizer, bucket: Bucket, clips: int, seed: int, device: str, draw: Callable):
+def encode_clips(
+    vae, tokenizer, bucket: Bucket, clips: int, seed: int, device: str, draw: Callable
+):
     """Draw and encode `clips` clips; returns normalised latents in bf16 and token ids."""
     mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
@@ -109,7 +117,9 @@ def encode_clips(vae, tokenizer, bucket: Bucket, clips: int, seed: int, device: 
             z, _ = autoencoder.encode(vae, x)
         latents.append(((z - mean) / std).bfloat16())
         captions += [world.caption(s, rng) for s in scenes]
-    ids = tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+    ids = tokenizer(
+        captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+    )
     return torch.cat(latents), ids.input_ids.to(device)
 
 
@@ -144,7 +154,9 @@ class Trainer:
         inner = [p for n, p in dit.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
         ids = {id(p) for p in inner}
         parameters = [*dit.parameters(), *encoder.parameters()]
-        self.optimizer = MuonAdamW(inner, [p for p in parameters if id(p) not in ids], lr=2e-3, lr_rest=1e-3)
+        self.optimizer = MuonAdamW(
+            inner, [p for p in parameters if id(p) not in ids], lr=2e-3, lr_rest=1e-3
+        )
         self.average = WeightAverage(parameters, 0.999)
         self.steps: dict[str, Callable[[], None]] = {}
         self.losses: dict[str, Tensor] = {}
@@ -185,7 +197,9 @@ class Trainer:
         self.losses[bucket.name] = total.zero_()
         self.log(f"transformer: step for {bucket.name} ready")
 
-    def train(self, seconds: float, shares: dict[str, float], hold: float, warm_up: int = 200) -> int:
+    def train(
+        self, seconds: float, shares: dict[str, float], hold: float, warm_up: int = 200
+    ) -> int:
         """Train for `seconds`, picking buckets by `shares`; returns the steps."""
         rng = random.Random(self.done)
         names, weights = list(shares), list(shares.values())
@@ -208,7 +222,9 @@ class Trainer:
                     counts[n] = 0
                 shown = ", ".join(f"{n} {v:.4f}" for n, v in means.items())
                 spent = time.monotonic() - start
-                self.log(f"transformer: step {self.done}, {spent:.0f} of {seconds:.0f} s, loss {shown}")
+                self.log(
+                    f"transformer: step {self.done}, {spent:.0f} of {seconds:.0f} s, loss {shown}"
+                )
         return self.done - first
 
     @torch.no_grad()

@@ -27,7 +27,9 @@ class MuonAdamW:
     factor kept on the device, so that a captured step follows a schedule.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], rest: list[nn.Parameter], lr: float, lr_rest: float):
+    def __init__(
+        self, matrices: list[nn.Parameter], rest: list[nn.Parameter], lr: float, lr_rest: float
+    ):
         device = matrices[0].device
         self.lr, self.lr_rest, self.momentum = lr, lr_rest, 0.95
         self.parameters = [*matrices, *rest]
@@ -39,7 +41,13 @@ class MuonAdamW:
         on_gpu = device.type == "cuda"
         self.rate = torch.zeros((), device=device)
         self.adamw = torch.optim.AdamW(
-            rest, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=on_gpu, capturable=on_gpu, foreach=False
+            rest,
+            lr=self.rate,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+            fused=on_gpu,
+            capturable=on_gpu,
+            foreach=False,
         )
 
     def set_factor(self, factor: float) -> None:

@@ -40,16 +40,28 @@ ALONE = 0.35  # share of the transformer's time spent on the first, smallest buc
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the saved pipeline")
-    parser.add_argument("--work", type=Path, help="folder of intermediate files (default: OUTPUT.work)")
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="the last stage to run")
+    parser.add_argument(
+        "--work", type=Path, help="folder of intermediate files (default: OUTPUT.work)"
+    )
+    parser.add_argument(
+        "--stage", choices=(*STAGES, "all"), default="all", help="the last stage to run"
+    )
     parser.add_argument("--vae-seconds", type=float, default=150)
     parser.add_argument("--dit-seconds", type=float, default=430)
-    parser.add_argument("--deadline-s", type=float, help="end training by this many seconds after the start")
-    parser.add_argument("--resume", action="store_true", help="go on from the transformer in OUTPUT")
+    parser.add_argument(
+        "--deadline-s", type=float, help="end training by this many seconds after the start"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the transformer in OUTPUT"
+    )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--smoke", action="store_true", help="tiny models and clips, to try the code")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny models and clips, to try the code"
+    )
     args = parser.parse_args()
     args.work = args.work or args.output.with_name(args.output.name + ".work")
     return args
@@ -63,10 +75,20 @@ def run_vae(args: argparse.Namespace, draw: Callable, log: Callable) -> None:
     with autoencoder.whole_sequence(vae, compiled=on_gpu):
         steps = autoencoder.train_vae(vae, sizes, args.vae_seconds, args.device, draw, log)
         log(f"autoencoder: {steps} steps")
-        autoencoder.measure_latents(vae, (4, 9, 32, 32) if args.smoke else (16, 33, 128, 128), 2 if args.smoke else 32, args.device, draw)
+        autoencoder.measure_latents(
+            vae,
+            (4, 9, 32, 32) if args.smoke else (16, 33, 128, 128),
+            2 if args.smoke else 32,
+            args.device,
+            draw,
+        )
     save_half(vae, args.work / "vae")
     with autoencoder.whole_sequence(vae):
-        for size in [(2, 9, 32, 32)] if args.smoke else [(8, 33, 128, 128), (4, 33, 256, 256), (2, 61, 256, 256)]:
+        for size in (
+            [(2, 9, 32, 32)]
+            if args.smoke
+            else [(8, 33, 128, 128), (4, 33, 256, 256), (2, 61, 256, 256)]
+        ):
             psnr = autoencoder.reconstruction_psnr(vae, size, 4, args.device, draw)
             log(f"autoencoder: {psnr:.2f} dB on unseen clips of {size[1]}x{size[2]}x{size[3]}")
 
@@ -81,7 +103,10 @@ def run_latents(args: argparse.Namespace, draw: Callable, log: Callable) -> None
             held_out = bucket.encode_batch * VALIDATION_BATCHES
             latents[bucket.name] = {
                 part: dit.encode_clips(vae, tokenizer, bucket, clips, seed, args.device, draw)
-                for part, clips, seed in (("train", bucket.clips, 11 + i), ("held out", held_out, 1011 + i))
+                for part, clips, seed in (
+                    ("train", bucket.clips, 11 + i),
+                    ("held out", held_out, 1011 + i),
+                )
             }
             log(f"latents: {bucket.clips} clips of {bucket.name}")
     torch.save(latents, args.work / "latents.pt")
@@ -136,7 +161,9 @@ def save_pipeline(args: argparse.Namespace, transformer, encoder) -> None:
         text_encoder=encoder,
         vae=load_vae(args.work).half(),
         transformer=transformer,
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
     )
     pipe.save_pretrained(args.output)
     make_portable(args.output)

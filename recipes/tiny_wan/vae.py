@@ -162,7 +162,9 @@ class _Step:
         self.run = captured(step) if device == "cuda" else step
 
     def _drawn(self) -> list[Tensor]:
-        return world.scene_tensors(_scenes(self.count, self.rng), self.rng.randrange(1 << 30), CROWD)
+        return world.scene_tensors(
+            _scenes(self.count, self.rng), self.rng.randrange(1 << 30), CROWD
+        )
 
     def __call__(self) -> None:
         for mine, fresh in zip(self.tensors, self._drawn(), strict=True):
@@ -177,12 +179,18 @@ def schedule(share: float, hold: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (share - hold) / (1 - hold)))) * 0.99 + 0.01
 
 
-def train_vae(vae, sizes: list[Size], seconds: float, device: str, draw: Callable, log: Callable) -> int:
+def train_vae(
+    vae, sizes: list[Size], seconds: float, device: str, draw: Callable, log: Callable
+) -> int:
     """Train within `whole_sequence` for `seconds`, cycling through `sizes`; returns the steps."""
     vae.train().to(device)
     named = list(vae.named_parameters())
     ends = ("conv_in", "conv_out", "quant")
-    inner = [p for n, p in named if n.endswith("weight") and p.ndim >= 4 and not any(e in n for e in ends)]
+    inner = [
+        p
+        for n, p in named
+        if n.endswith("weight") and p.ndim >= 4 and not any(e in n for e in ends)
+    ]
     ids = {id(p) for p in inner}
     optimizer = MuonAdamW(inner, [p for _, p in named if id(p) not in ids], lr=3e-3, lr_rest=1e-3)
     optimizer.set_factor(0.0)  # capturing runs each step twice
@@ -211,7 +219,7 @@ def train_vae(vae, sizes: list[Size], seconds: float, device: str, draw: Callabl
 
 @torch.no_grad()
 def measure_latents(vae, size: Size, batches: int, device: str, draw: Callable) -> None:
-    """Store the latents' mean and spread per channel in the config, where the pipeline reads them."""
+    """Store the latents' mean and spread per channel in the config that the pipeline reads."""
     rng = random.Random(90_000)
     total = square = variance = 0
     for _ in range(batches):
@@ -227,7 +235,8 @@ def measure_latents(vae, size: Size, batches: int, device: str, draw: Callable) 
     mean = total / batches
     std = (square / batches - mean**2 + variance / batches).sqrt()
     vae.register_to_config(
-        latents_mean=[round(v, 5) for v in mean.tolist()], latents_std=[round(v, 5) for v in std.tolist()]
+        latents_mean=[round(v, 5) for v in mean.tolist()],
+        latents_std=[round(v, 5) for v in std.tolist()],
     )
 
 

@@ -126,8 +126,11 @@ def sample_crowd(rng: random.Random, count: int) -> Scene:
     return Scene(things, rng.choice(list(BACKGROUNDS)), rng.choice(PATTERNS), camera)
 
 
-def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """Describe the scene; with `rng` in varied words and order, and sometimes less than all."""
+def phrases(scene: Scene, rng: random.Random | None = None) -> list[tuple[str, int | None]]:
+    """A caption in parts, each with the index of the thing it speaks of (None: of the scene).
+
+    With `rng` it comes in varied words and order, and sometimes says less than all.
+    """
 
     def say(word: str) -> str:
         if rng is not None and word in SYNONYMS and rng.random() < 0.12:
@@ -151,17 +154,26 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     pattern = "" if scene.pattern == "plain" else say(scene.pattern) + " "
     place = f"{pattern}{say(scene.background)} background"
     style = 0.0 if rng is None else rng.random()
-    if style < 0.65:
-        text = " and ".join(f"a {noun(t)} {motion(t)}" for t in scene.things) + f" on a {place}"
-    elif style < 0.78:
-        text = " and ".join(f"a {noun(t)} is {motion(t)}" for t in scene.things) + f" on a {place}"
-    elif style < 0.88:
-        text = ", ".join(f"{noun(t)} {motion(t)}" for t in scene.things) + f", {place}"
+    short = 0.78 <= style < 0.88
+    article, verb = ("" if short else "a "), ("is " if 0.65 <= style < 0.78 else "")
+    parts: list[tuple[str, int | None]] = []
+    for i, thing in enumerate(scene.things):
+        parts += [("," if short else "and", None)] * (i > 0)
+        parts.append((f"{article}{noun(thing)} {verb}{motion(thing)}", i))
+    if style < 0.78:
+        parts.append((f"on a {place}", None))
+    elif short:
+        parts.append((f", {place}", None))
     elif style < 0.96:
-        text = f"on a {place}, " + " and ".join(f"a {noun(t)} {motion(t)}" for t in scene.things)
-    else:
-        text = " and ".join(f"a {noun(t)} {motion(t)}" for t in scene.things)
-    return text if scene.camera == "still" else f"{text}, camera {scene.camera}"
+        parts.insert(0, (f"on a {place},", None))
+    if scene.camera != "still":
+        parts.append((f", camera {scene.camera}", None))
+    return parts
+
+
+def caption(scene: Scene, rng: random.Random | None = None) -> str:
+    """Describe the scene; with `rng` in varied words."""
+    return " ".join(text for text, _ in phrases(scene, rng)).replace(" ,", ",")
 
 
 def vocabulary() -> list[str]:
@@ -255,7 +267,9 @@ def scene_tensors(scenes: list[Scene], seed: int, slots: int = 3) -> list[Tensor
     pattern = torch.tensor([PATTERNS.index(s.pattern) for s in scenes])
     low = torch.tensor([0.0, 4.0, 2.5, 4.5, 0.0])[pattern]
     look = torch.rand(n, 3, generator=noise)
-    look = torch.stack((low * (1 + 0.4 * look[:, 0]), 2 * math.pi * look[:, 1], 0.5 + 0.5 * look[:, 2]), 1)
+    look = torch.stack(
+        (low * (1 + 0.4 * look[:, 0]), 2 * math.pi * look[:, 1], 0.5 + 0.5 * look[:, 2]), 1
+    )
     waves = torch.rand(n, CLOUD_WAVES, 3, generator=noise)
     way, cycles = 2 * math.pi * waves[..., 0], 2.0 + 5.0 * waves[..., 1]
     waves = torch.stack((way.cos() * cycles, way.sin() * cycles, waves[..., 2]), -1) * 2 * math.pi
@@ -300,7 +314,11 @@ def _paint_background(ground, pattern, look, waves, x, y, pixels) -> Tensor:
     edge = torch.where(kind == 1, striped, torch.where(kind == 2, checkered, dotted))
     share = (edge * pixels / w.clamp(min=1e-3) + 0.5).clamp(0, 1)
     cloudy = sum(
-        torch.sin(x * waves[:, i, 0].view(column) + y * waves[:, i, 1].view(column) + waves[:, i, 2].view(column))
+        torch.sin(
+            x * waves[:, i, 0].view(column)
+            + y * waves[:, i, 1].view(column)
+            + waves[:, i, 2].view(column)
+        )
         for i in range(waves.shape[1])
     )
     share = torch.where(kind == 4, (0.5 + 0.18 * cloudy).clamp(0, 1), share)
@@ -332,7 +350,9 @@ def _paint_thing(image, place, shape, texture, tones, x, y, pixels) -> Tensor:
     dotted = torch.cos(u * w) + torch.cos(v * w) - 0.9
     checkered = 1.5 * torch.sin(u * w) * torch.sin(v * w)
     edge = torch.where(texture == 1, striped, torch.where(texture == 2, dotted, checkered))
-    share = torch.where(texture == 0, torch.zeros_like(edge), (edge * pixels / w + 0.5).clamp(0, 1))[:, None]
+    share = torch.where(
+        texture == 0, torch.zeros_like(edge), (edge * pixels / w + 0.5).clamp(0, 1)
+    )[:, None]
     first, second = tones[:, 0].view(-1, 3, 1, 1, 1), tones[:, 1].view(-1, 3, 1, 1, 1)
     light = 1.0 - 0.12 * ((dx + dy) / r * 0.5).clamp(-1, 1)
     colour = (first + (second - first) * share) * light[:, None]
@@ -349,7 +369,9 @@ def make_renderer(compiled: bool = False) -> Callable[..., Tensor]:
         paint_background = torch.compile(paint_background, dynamic=True)
         paint_thing = torch.compile(paint_thing, dynamic=True)
 
-    def draw(start, end, shape, texture, tones, ground, pattern, look, waves, camera, *, size) -> Tensor:
+    def draw(
+        start, end, shape, texture, tones, ground, pattern, look, waves, camera, *, size
+    ) -> Tensor:
         frames, height, width = size
         t = torch.linspace(0, 1, frames, device=start.device)
         rows = ((torch.arange(height, device=start.device) + 0.5) / height).view(1, 1, -1, 1)

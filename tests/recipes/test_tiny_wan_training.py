@@ -23,7 +23,10 @@ def test_whole_sequence_equals_stock_autoencoder(frames):
     import vae as autoencoder
 
     vae = autoencoder.make_vae(autoencoder.SMOKE_CONFIG).eval().double()
-    clips = torch.rand(2, 3, frames, 32, 48, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    clips = (
+        torch.rand(2, 3, frames, 32, 48, generator=torch.Generator().manual_seed(0)).double() * 2
+        - 1
+    )
     moments = vae.encode(clips).latent_dist
     decoded = vae.decode(moments.mean).sample
     with autoencoder.whole_sequence(vae):
@@ -39,7 +42,12 @@ def test_text_embedding_equals_stock_encoder():
     import text
 
     tokenizer, encoder = text.make_tokenizer(), text.make_text_encoder(text.CONFIG).eval()
-    batch = tokenizer(["a small red circle", "camera panning left"], padding="max_length", max_length=12, return_tensors="pt")
+    batch = tokenizer(
+        ["a small red circle", "camera panning left"],
+        padding="max_length",
+        max_length=12,
+        return_tensors="pt",
+    )
     stock = encoder(batch.input_ids, batch.attention_mask).last_hidden_state
     kept = batch.attention_mask.bool()
     mine = text.embed(encoder, batch.input_ids)
@@ -56,7 +64,10 @@ def test_one_padding_token_stands_for_all():
     attention = model.blocks[0].attn2
     attention.to_out[0].weight.normal_(generator=torch.Generator().manual_seed(0))
     random = torch.Generator().manual_seed(1)
-    pixels, words = torch.randn(2, 10, 64, generator=random), torch.randn(2, 512, 64, generator=random)
+    pixels, words = (
+        torch.randn(2, 10, 64, generator=random),
+        torch.randn(2, 512, 64, generator=random),
+    )
     words[:, 20:] = 0
     stock = WanAttnProcessor()(attention, pixels, words)
     bias = torch.zeros(dit.TEXT_TOKENS)
