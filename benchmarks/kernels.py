@@ -1,6 +1,6 @@
 """Speed of the block-sparse kernel per attended pair, beside cuDNN dense and FlexAttention.
 
-    python benchmarks/kernels.py --output benchmarks/results/kernels_h200.json
+    python benchmarks/kernels.py --output benchmarks/results/kernels-h200.json
     python benchmarks/kernels.py --sweep
 
 Each query tile of 128 tokens visits a random set of key tiles, another one in each head; "density"

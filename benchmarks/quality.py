@@ -3,7 +3,8 @@
     python benchmarks/quality.py --methods radial,gna --density .5 .3 --prompts 8
 
 Every prompt is generated densely and with every method from the same noise, timed once each; the
-first run of each kind follows one of a single step. Rows are written as they are made; those that the output holds are kept.
+first run of each kind follows one of a single step. Rows are written as they are made, and those
+that the output holds are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.table import Table
 
 from dit_accel import accelerate_pipeline, acceleration_report, restore_pipeline
@@ -59,7 +60,7 @@ def prompt_following() -> Callable[[Generation, Row], float]:
 
 
 def compare(
-    pipe: Any, request: GenerationRequest, dense: Generation, method: str, options: Row, warm: bool
+    pipe: Any, request: GenerationRequest, dense: Any, method: str, options: Row, warm: bool
 ) -> Result | str:
     """Generate with a method; return the result, or why this density can't be reached."""
     try:
@@ -111,38 +112,34 @@ def run(args: argparse.Namespace) -> Row:
     done = {(row["seed"], row["method"], row["density"]) for row in content["rows"]}
 
     entries = json.loads((RECIPE / "prompts.json").read_text())[: args.prompts]
+    todo = [(seed, *pair) for seed in range(len(entries)) for pair in pairs]
+    todo = [key for key in todo if key not in done]
     pipe, following = load_pipeline(args.model, device=device), prompt_following()
+    request = dense = None
     warm: set[tuple[str, float]] = set()
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("prompts x methods", total=len(entries) * len(pairs))
-        for seed, entry in enumerate(entries):
-            missing = [pair for pair in pairs if (seed, *pair) not in done]
-            progress.advance(bar, len(pairs) - len(missing))
-            if missing:
-                request = GenerationRequest(prompt=entry["prompt"], seed=seed, **defaults)
-                if not warm:
-                    generate(pipe, replace(request, steps=1))
-                dense = generate(pipe, request)
-                dense_following = following(dense, entry)
-            for method, density in missing:
-                row: Row = {"prompt": entry["prompt"], "seed": seed, "method": method}
-                row["density"] = density
-                pair = method, density
-                result = compare(pipe, request, dense, method, options[pair], pair in warm)
-                warm.add(pair)
-                if isinstance(result, str):
-                    row["refused"] = result
-                else:
-                    report = result.to_dict()
-                    row |= {n: report[n] for n in ("psnr_db", "speedup", "denoise_speedup")}
-                    row["block_density"] = result.report.block_density
-                    row["attended_density"] = result.report.density
-                    row["following"] = following(result.accelerated, entry)
-                    row["dense_following"] = dense_following
-                content["rows"].append(row)
-                content["summary"] = summarise(content["rows"])
-                write_text(output, json.dumps(content, indent=1, allow_nan=False) + "\n")
-                progress.advance(bar)
+    for seed, method, density in track(todo, "prompts x methods", console=Console(stderr=True)):
+        if request is None or request.seed != seed:
+            request = GenerationRequest(prompt=entries[seed]["prompt"], seed=seed, **defaults)
+            if not warm:
+                generate(pipe, replace(request, steps=1))
+            dense = generate(pipe, request)
+            dense_following = following(dense, entries[seed])
+        pair = method, density
+        row: Row = {"prompt": request.prompt, "seed": seed, "method": method, "density": density}
+        result = compare(pipe, request, dense, method, options[pair], pair in warm)
+        warm.add(pair)
+        if isinstance(result, str):
+            row["refused"] = result
+        else:
+            report = result.to_dict()
+            row |= {n: report[n] for n in ("psnr_db", "speedup", "denoise_speedup")}
+            row["block_density"] = result.report.block_density
+            row["attended_density"] = result.report.density
+            row["following"] = following(result.accelerated, entries[seed])
+            row["dense_following"] = dense_following
+        content["rows"].append(row)
+        content["summary"] = summarise(content["rows"])
+        write_text(output, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return content
 
 
@@ -161,7 +158,7 @@ def main() -> None:
     except DitAccelError as error:
         sys.exit(f"error: {error}")
     shown = Table("method", "asked", *COLUMNS.values())
-    for line in content["summary"]:
+    for line in content.get("summary", []):
         cells = ["-" if line[name] is None else f"{line[name]:.2f}" for name in COLUMNS]
         shown.add_row(line["method"], str(line["density"]), *cells)
     Console().print(shown)

@@ -1,11 +1,12 @@
-"""Settings for all tests: no network, few threads."""
+"""Settings for all tests: no network, and Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
+
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Shared builders such as tiny_pipelines are imported by their bare name.
-sys.path.insert(0, str(Path(__file__).parent))
+# Triton reads this once, when it is first imported, which any test may be the first to do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -4,9 +4,9 @@ One program computes the output of ``block_m`` queries of one head with an onlin
 (FlashAttention-2, Dao 2023, algorithm 1) over the key tiles on its lists. `reference.py` says in
 plain torch what is computed.
 
-A query of the video visits, in this order: all text keys; a ragged last tile, if that is listed as
-full; its partial tiles, whose allowed pairs are read as bits; its full tiles, without any mask. A
-text query visits everything. Video and text are two segments of rows of the same tensors, so neither order of the two
+A query of the video visits, in this order: its full tiles, without any mask; a ragged last tile;
+its partial tiles, whose allowed pairs are read as bits; all text keys. A text query visits
+everything. Video and text are two segments of rows of the same tensors, so neither order of the two
 needs a copy.
 """
 
@@ -80,85 +80,37 @@ def _load_tile(
 
 
 @triton.jit
-def _accumulate(
-    scores, values, first, end, acc, total, peak, scale_log2,
+def _attend(
+    q, keys, values, first, end, words, acc, total, peak, scale_log2,
     BLOCK_N: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHECK_END: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, in base 2; ``peak`` is the row maximum of scaled scores."""
+    """One step of the online softmax over keys ``[first, first + BLOCK_N)``, in base 2.
+
+    ``peak`` is the row maximum of the scaled scores, ``total`` the sum of ``2 ** (score - peak)``.
+    ``MASK`` is "none", "end" (keys from ``end`` on are hidden) or "bits" (of ``words``, one per
+    row). Only masked steps may reach past ``end``.
+    """
+    CHECK: tl.constexpr = MASK != "none"
+    k = _load_tile(keys, first, end, BLOCK_N, HEAD_SIZE, BLOCK_D, CHECK, USE_TMA)
+    scores = tl.dot(q, k.T, input_precision=PRECISION)
+    columns = tl.arange(0, BLOCK_N)
+    if MASK == "end":
+        scores = tl.where((first + columns < end)[None, :], scores, float("-inf"))
+    elif MASK == "bits":
+        # Each key's bit goes to the sign, in two shifts: the first is the same for many columns of
+        # a thread, the second known when compiling. Far fewer instructions than `>> n & 1`.
+        words = words[:, None] << (7 - columns % 8)[None, :]
+        allowed = (words << (56 - columns // 8 * 8)[None, :]) < 0
+        scores = tl.where(allowed, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
     weights = tl.exp2(scores * scale_log2 - new_peak[:, None])
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(weights, 1)
-    # Loaded no earlier, so that the scores need not wait for it.
-    v = _load_tile(values, first, end, BLOCK_N, HEAD_SIZE, BLOCK_D, CHECK_END, USE_TMA)
+    # Loaded no earlier, so that the scores do not wait for both.
+    v = _load_tile(values, first, end, BLOCK_N, HEAD_SIZE, BLOCK_D, CHECK, USE_TMA)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, total, new_peak
-
-
-@triton.jit
-def _attend_rows(
-    q, keys, values, first, end, acc, total, peak, scale_log2,
-    BLOCK_N: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attend to all keys in ``[first, end)``, which need not be whole tiles."""
-    for n in tl.range(first, end, BLOCK_N, num_stages=STAGES):
-        k = _load_tile(keys, n, end, BLOCK_N, HEAD_SIZE, BLOCK_D, True, USE_TMA)
-        scores = tl.dot(q, k.T, input_precision=PRECISION)
-        inside = (n + tl.arange(0, BLOCK_N) < end)[None, :]
-        acc, total, peak = _accumulate(
-            tl.where(inside, scores, float("-inf")),
-            values, n, end, acc, total, peak, scale_log2,
-            BLOCK_N, HEAD_SIZE, BLOCK_D, True, USE_TMA, PRECISION,
-        )  # fmt: skip
-    return acc, total, peak
-
-
-@triton.jit
-def _attend_tiles(
-    q, keys, values, index, slots, row_bits, tiles, listed, start, end,
-    acc, total, peak, scale_log2,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attend to ``tiles`` key tiles: those on the list ``index``, or the first ones if not ``listed``.
-
-    If ``slots`` is given, the tiles are partial: ``row_bits`` points at each row's first word in
-    slot 0.
-    """
-    PARTIAL: tl.constexpr = slots is not None
-    STEPS: tl.constexpr = BLOCK // BLOCK_N
-    WORDS: tl.constexpr = (BLOCK + 63) // 64
-    columns = tl.arange(0, BLOCK_N)
-    # The scores of the next step are computed at the end of each, so that the copies which Triton
-    # starts there run behind the softmax, not in front of a product that waits for them.
-    block = tl.load(index, mask=listed & (tiles > 0), other=0)
-    n = start + block * BLOCK
-    k = _load_tile(keys, n, end, BLOCK_N, HEAD_SIZE, BLOCK_D, True, USE_TMA)
-    scores = tl.dot(q, k.T, input_precision=PRECISION)
-    for step in tl.range(1, tiles * STEPS + 1, num_stages=STAGES):
-        if PARTIAL:
-            # One word holds a row's bits for the whole step, because BLOCK_N divides 64.
-            offset = (step - 1) % STEPS * BLOCK_N
-            slot = tl.load(slots + (step - 1) // STEPS).to(tl.int64)
-            words = tl.load(row_bits + slot * (BLOCK * WORDS) + offset // 64) >> offset % 64
-            # Key n's bit goes to the sign, in two shifts: the first is the same for many columns
-            # of a thread, the second known when compiling.
-            words = words[:, None] << (7 - columns % 8)[None, :]
-            allowed = (words << (56 - columns // 8 * 8)[None, :]) < 0
-            scores = tl.where(allowed, scores, float("-inf"))
-        acc, total, peak = _accumulate(
-            scores, values, n, end, acc, total, peak, scale_log2,
-            BLOCK_N, HEAD_SIZE, BLOCK_D, PARTIAL, USE_TMA, PRECISION,
-        )  # fmt: skip
-        following = tl.minimum(step, tiles * STEPS - 1)
-        block = tl.load(index + following // STEPS, mask=listed, other=0)
-        block = tl.where(listed, block, following // STEPS)
-        n = start + block * BLOCK + following % STEPS * BLOCK_N
-        k = _load_tile(keys, n, end, BLOCK_N, HEAD_SIZE, BLOCK_D, PARTIAL, USE_TMA)
-        scores = tl.dot(q, k.T, input_precision=PRECISION)
-    return acc, total, peak
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -198,39 +150,52 @@ def _block_sparse_forward(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], _NO_PEAK, tl.float32)
 
-    # The full list is ascending, so a ragged last tile can only be its last entry.
+    # Full tiles. The list is ascending, so a ragged last tile can only be its last entry.
+    STEPS: tl.constexpr = BLOCK // BLOCK_N
     blocks = tl.cdiv(num_video, BLOCK)
     row = tl.where(is_text, 0, b64 * list_sb + h64 * list_sh + tile * BLOCK_M // BLOCK)
     full = full_index + row * full_columns
-    tiles = tl.where(is_text, blocks, tl.load(full_count + row))
-    last = tl.load(full + tiles - 1, mask=(tiles > 0) & (is_text == 0), other=-1)
+    listed = tl.where(is_text, blocks, tl.load(full_count + row))
+    last = tl.load(full + listed - 1, mask=(listed > 0) & (is_text == 0), other=-1)
     last = tl.where(is_text, blocks - 1, last)
     has_ragged = (last == blocks - 1) & (num_video % BLOCK != 0)
-    ragged = tl.where(has_ragged, video_start + (blocks - 1) * BLOCK, video_end)
-    acc, total, peak = _attend_rows(
-        q, keys, values, text_start, text_end, acc, total, peak, scale_log2,
-        BLOCK_N, HEAD_SIZE, BLOCK_D, STAGES, USE_TMA, PRECISION,
-    )  # fmt: skip
-    acc, total, peak = _attend_rows(
-        q, keys, values, ragged, video_end, acc, total, peak, scale_log2,
-        BLOCK_N, HEAD_SIZE, BLOCK_D, STAGES, USE_TMA, PRECISION,
-    )  # fmt: skip
+    for step in tl.range(0, (listed - has_ragged.to(tl.int32)) * STEPS, num_stages=STAGES):
+        block = tl.load(full + step // STEPS, mask=is_text == 0, other=0)
+        block = tl.where(is_text, step // STEPS, block)
+        n = video_start + block * BLOCK + step % STEPS * BLOCK_N
+        acc, total, peak = _attend(
+            q, keys, values, n, video_end, None, acc, total, peak, scale_log2,
+            BLOCK_N, HEAD_SIZE, BLOCK_D, "none", USE_TMA, PRECISION,
+        )  # fmt: skip
 
+    ragged = tl.where(has_ragged, video_start + (blocks - 1) * BLOCK, video_end)
+    for n in tl.range(ragged, video_end, BLOCK_N, num_stages=STAGES):
+        acc, total, peak = _attend(
+            q, keys, values, n, video_end, None, acc, total, peak, scale_log2,
+            BLOCK_N, HEAD_SIZE, BLOCK_D, "end", USE_TMA, PRECISION,
+        )  # fmt: skip
+
+    # Partial tiles. One word holds a row's bits for a whole step, because BLOCK_N divides 64.
     WORDS: tl.constexpr = (BLOCK + 63) // 64
     partial = row * partial_columns
-    partial_tiles = tl.where(is_text, 0, tl.load(partial_count + row))
-    row_bits = bits + (tile * BLOCK_M % BLOCK + tl.arange(0, BLOCK_M)) * WORDS
-    acc, total, peak = _attend_tiles(
-        q, keys, values, partial_index + partial, partial_slot + partial, row_bits,
-        partial_tiles, is_text == 0, video_start, video_end, acc, total, peak, scale_log2,
-        BLOCK, BLOCK_N, HEAD_SIZE, BLOCK_D, STAGES, USE_TMA, PRECISION,
-    )  # fmt: skip
-    acc, total, peak = _attend_tiles(
-        q, keys, values, full, None, None,
-        tiles - has_ragged.to(tl.int32), is_text == 0, video_start, video_end,
-        acc, total, peak, scale_log2,
-        BLOCK, BLOCK_N, HEAD_SIZE, BLOCK_D, STAGES, USE_TMA, PRECISION,
-    )  # fmt: skip
+    word_of_row = (tile * BLOCK_M % BLOCK + tl.arange(0, BLOCK_M)) * WORDS
+    listed = tl.where(is_text, 0, tl.load(partial_count + row))
+    for step in tl.range(0, listed * STEPS, num_stages=STAGES):
+        block = tl.load(partial_index + partial + step // STEPS)
+        slot = tl.load(partial_slot + partial + step // STEPS).to(tl.int64)
+        offset = step % STEPS * BLOCK_N
+        words = tl.load(bits + slot * (BLOCK * WORDS) + offset // 64 + word_of_row) >> offset % 64
+        n = video_start + block * BLOCK + offset
+        acc, total, peak = _attend(
+            q, keys, values, n, video_end, words, acc, total, peak, scale_log2,
+            BLOCK_N, HEAD_SIZE, BLOCK_D, "bits", USE_TMA, PRECISION,
+        )  # fmt: skip
+
+    for n in tl.range(text_start, text_end, BLOCK_N, num_stages=STAGES):
+        acc, total, peak = _attend(
+            q, keys, values, n, text_end, None, acc, total, peak, scale_log2,
+            BLOCK_N, HEAD_SIZE, BLOCK_D, "end", USE_TMA, PRECISION,
+        )  # fmt: skip
 
     # Rows that saw no key have total 0: output 0 and log-sum -inf.
     num_rows = (num_video + num_text).to(tl.int64)

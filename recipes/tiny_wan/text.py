@@ -87,7 +87,7 @@ UNASKED = -100
 
 
 def _labelled(tokenizer, scenes: list[world.Scene], rng: random.Random, length: int):
-    """Token ids [B, L] of captions and, per attribute, the class each token should know [A, B, L]."""
+    """Token ids [B, L] of captions, and the class each token should know of each attribute."""
     asked = {**THING_CLASSES, **SCENE_CLASSES}
     labels = torch.full((len(asked), len(scenes), length), UNASKED)
     captions = []
@@ -95,7 +95,9 @@ def _labelled(tokenizer, scenes: list[world.Scene], rng: random.Random, length: 
         at, words = 0, []
         for phrase, owner in world.phrases(scene, rng):
             count = len(phrase.replace(",", " , ").split())
-            source, names = (scene, SCENE_CLASSES) if owner is None else (scene.things[owner], THING_CLASSES)
+            source, names = (
+                (scene, SCENE_CLASSES) if owner is None else (scene.things[owner], THING_CLASSES)
+            )
             for a, name in enumerate(asked):
                 if name in names:
                     labels[a, b, at : at + count] = asked[name].index(getattr(source, name))
@@ -108,7 +110,9 @@ def _labelled(tokenizer, scenes: list[world.Scene], rng: random.Random, length: 
     return ids, labels
 
 
-def pretrain(encoder, length: int, seconds: float, device: str, log: Callable, batch: int = 128) -> float:
+def pretrain(
+    encoder, length: int, seconds: float, device: str, log: Callable, batch: int = 128
+) -> float:
     """Teach the encoder which words belong together, before a transformer reads it.
 
     Each word learns to name all attributes of the thing (or of the scene) that its phrase speaks
@@ -121,7 +125,7 @@ def pretrain(encoder, length: int, seconds: float, device: str, log: Callable, b
     encoder.to(device).train()
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    start, done, right, every = time.monotonic(), 0, 0.0, 100
+    start, done, right, every = time.monotonic(), 0, 0.0, 200
     while (share := (time.monotonic() - start) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (done + 1) / 50) * min(1.0, 2 * (1 - share) + 0.01)
@@ -141,6 +145,9 @@ def pretrain(encoder, length: int, seconds: float, device: str, log: Callable, b
             asked = labels != UNASKED
             guesses = torch.stack([answer.argmax(-1) for answer in answers])
             right = float((guesses == labels)[asked].float().mean())
-            each = [float((g == t)[t != UNASKED].float().mean()) for g, t in zip(guesses, labels, strict=True)]
+            each = [
+                float((g == t)[t != UNASKED].float().mean())
+                for g, t in zip(guesses, labels, strict=True)
+            ]
             log(f"text: step {done}, {100 * right:.1f} % right, least {100 * min(each):.1f} %")
     return right

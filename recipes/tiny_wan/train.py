@@ -3,8 +3,8 @@
     python recipes/tiny_wan/train.py --output dit_accel/models/tiny-wan
 
 Stages, each of which leaves a file in the work folder and is skipped when that is there:
-`vae` trains the autoencoder, `latents` draws and encodes clips, `dit` trains transformer and text
-encoder and writes the pipeline.
+`vae` trains the autoencoder, `latents` draws and encodes clips, `text` teaches the text encoder
+which words belong together, `dit` trains transformer and text encoder and writes the pipeline.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import world
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
-STAGES = ("vae", "latents", "dit")
+STAGES = ("vae", "latents", "text", "dit")
 VAE_SIZES = [(4, 17, 128, 128)] * 3 + [(2, 33, 128, 128)] + [(1, 17, 256, 256)] * 2
 BUCKETS = (
     dit.Bucket("33x128", (33, 128, 128), 24_000, 32, 64, shift=2.0, share=0.25),
@@ -51,6 +51,7 @@ def arguments() -> argparse.Namespace:
         "--stage", choices=(*STAGES, "all"), default="all", help="the last stage to run"
     )
     parser.add_argument("--vae-seconds", type=float, default=150)
+    parser.add_argument("--text-seconds", type=float, default=30)
     parser.add_argument("--dit-seconds", type=float, default=430)
     parser.add_argument(
         "--deadline-s", type=float, help="end training by this many seconds after the start"
@@ -113,16 +114,23 @@ def run_latents(args: argparse.Namespace, draw: Callable, log: Callable) -> None
     log("latents: saved")
 
 
+def run_text(args: argparse.Namespace, log: Callable) -> None:
+    """Prepare the text encoder."""
+    encoder = text.make_text_encoder(text.SMOKE_CONFIG if args.smoke else text.CONFIG)
+    right = text.pretrain(encoder, dit.TEXT_TOKENS, args.text_seconds, args.device, log)
+    log(f"text: {100 * right:.1f} % of the attributes right")
+    encoder.cpu().save_pretrained(args.work / "text_encoder")
+
+
 def run_dit(args: argparse.Namespace, log: Callable) -> None:
     """Train transformer and text encoder, and save the whole pipeline."""
     latents = torch.load(args.work / "latents.pt", map_location=args.device)
     buckets = SMOKE_BUCKETS if args.smoke else BUCKETS
     if args.resume:
         transformer = WanTransformer3DModel.from_pretrained(args.output / "transformer").float()
-        encoder = UMT5EncoderModel.from_pretrained(args.output / "text_encoder").float()
     else:
         transformer = dit.make_dit(dit.SMOKE_CONFIG if args.smoke else dit.CONFIG)
-        encoder = text.make_text_encoder(text.SMOKE_CONFIG if args.smoke else text.CONFIG)
+    encoder = UMT5EncoderModel.from_pretrained(args.work / "text_encoder").float()
     trainer = dit.Trainer(transformer, encoder, args.device, log)
     for bucket in buckets:
         trainer.add(bucket, *latents[bucket.name]["train"])
@@ -204,6 +212,8 @@ def main() -> None:
         run_vae(args, draw, log)
     if "latents" in wanted and not (args.work / "latents.pt").exists():
         run_latents(args, draw, log)
+    if "text" in wanted and not (args.work / "text_encoder").exists():
+        run_text(args, log)
     if "dit" in wanted:
         run_dit(args, log)
 
