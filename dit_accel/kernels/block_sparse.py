@@ -124,6 +124,11 @@ def _block_sparse_forward(
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     USE_TMA: tl.constexpr, WITH_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """One program: ``BLOCK_M`` query rows of one head.
+
+    Long, because the four kinds of keys share one state that lives in registers: the arguments of a
+    helper for each would be as long as its loop.
+    """
     # Which rows: text queries first, because they visit every key and take the longest.
     video_tiles = tl.cdiv(num_video, BLOCK_M)
     text_tiles = tl.cdiv(num_text, BLOCK_M)
@@ -328,23 +333,24 @@ def _block_sparse_op(
     num_text = num_tokens - num_video
     tiles = triton.cdiv(num_video, cfg.block_m) + triton.cdiv(num_text, cfg.block_m)
     list_batch, list_heads, rows = full_count.shape
-    _block_sparse_forward[(tiles * batch * heads,)](
-        query, key, value,
-        TensorDescriptor(key, key.shape, key.stride(), box) if use_tma else None,
-        TensorDescriptor(value, value.shape, value.stride(), box) if use_tma else None,
-        out, lse,
-        full_count, full_index, partial_count, partial_index, partial_slot, bits,
-        scale * math.log2(math.e), heads, num_video, num_text,
-        num_text if text_first else 0, 0 if text_first else num_video,
-        list_heads * rows if list_batch > 1 else 0, rows if list_heads > 1 else 0,
-        full_index.shape[-1], partial_index.shape[-1],
-        *query.stride(), *key.stride(), *value.stride(),
-        BLOCK=block_size, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
-        HEAD_SIZE=head_size, BLOCK_D=block_d, STAGES=cfg.num_stages,
-        USE_TMA=use_tma, WITH_LSE=with_lse,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=cfg.num_warps, num_stages=cfg.num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        _block_sparse_forward[(tiles * batch * heads,)](
+            query, key, value,
+            TensorDescriptor(key, key.shape, key.stride(), box) if use_tma else None,
+            TensorDescriptor(value, value.shape, value.stride(), box) if use_tma else None,
+            out, lse,
+            full_count, full_index, partial_count, partial_index, partial_slot, bits,
+            scale * math.log2(math.e), heads, num_video, num_text,
+            num_text if text_first else 0, 0 if text_first else num_video,
+            list_heads * rows if list_batch > 1 else 0, rows if list_heads > 1 else 0,
+            full_index.shape[-1], partial_index.shape[-1],
+            *query.stride(), *key.stride(), *value.stride(),
+            BLOCK=block_size, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
+            HEAD_SIZE=head_size, BLOCK_D=block_d, STAGES=cfg.num_stages,
+            USE_TMA=use_tma, WITH_LSE=with_lse,
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            num_warps=cfg.num_warps, num_stages=cfg.num_stages,
+        )  # fmt: skip
     return out, lse
 
 

@@ -36,15 +36,35 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_text_encoder(config: dict) -> UMT5EncoderModel:
-    """A fresh text encoder for `make_tokenizer`'s words."""
+    """A fresh text encoder for `make_tokenizer`'s words, whose heads start by looking nearby."""
     torch.manual_seed(1)
     fixed = dict(
         feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=PAD, eos_token_id=END
     )
     words = 3 + len(world.vocabulary())
-    return UMT5EncoderModel(
+    encoder = UMT5EncoderModel(
         UMT5Config(vocab_size=words, **fixed, **config, is_encoder_decoder=False, use_cache=False)
     )
+    for block in encoder.encoder.block:
+        look_nearby(block.layer[0].SelfAttention)
+    return encoder
+
+
+@torch.no_grad()
+def look_nearby(attention: nn.Module, reach: int = 128) -> None:
+    """Start a head that looks back, one that looks ahead, one that looks both ways and a free one.
+
+    From the stock random start, word order is not found in thousands of steps: a caption stays a
+    bag of words, and "green circle on dark blue" may come as a blue circle on dark green.
+    """
+    offsets = torch.arange(-reach, reach + 1)  # of the word looked at
+    distance = offsets.abs().float()
+    back = torch.where(offsets <= 0, -distance, torch.full_like(distance, -8.0))
+    biases = torch.stack((back, back.flip(0), -0.4 * distance, torch.zeros_like(distance)), 1)
+    buckets = attention._relative_position_bucket(offsets)
+    farthest_first = distance.argsort(descending=True)  # the nearest offset of a bucket is kept
+    for i in farthest_first.tolist():
+        attention.relative_attention_bias.weight[buckets[i]] = biases[i]
 
 
 def embed(encoder: UMT5EncoderModel, ids: Tensor) -> Tensor:
@@ -110,14 +130,18 @@ def _labelled(tokenizer, scenes: list[world.Scene], rng: random.Random, length: 
     return ids, labels
 
 
+def _share_right(answers: list[Tensor], labels: Tensor) -> float:
+    guesses = torch.stack([answer.argmax(-1) for answer in answers])
+    return float((guesses == labels)[labels != UNASKED].float().mean())
+
+
 def pretrain(
     encoder, length: int, seconds: float, device: str, log: Callable, batch: int = 128
 ) -> float:
     """Teach the encoder which words belong together, before a transformer reads it.
 
     Each word learns to name all attributes of the thing (or of the scene) that its phrase speaks
-    of. Without this the transformer takes a caption as a bag of words for most of its training.
-    Returns the share of right answers at the end.
+    of. Returns the share of right answers at the end.
     """
     tokenizer, rng = make_tokenizer(), random.Random(3)
     sizes = [len(c) for c in (*THING_CLASSES.values(), *SCENE_CLASSES.values())]
@@ -125,7 +149,7 @@ def pretrain(
     encoder.to(device).train()
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    start, done, right, every = time.monotonic(), 0, 0.0, 200
+    start, done = time.monotonic(), 0
     while (share := (time.monotonic() - start) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (done + 1) / 50) * min(1.0, 2 * (1 - share) + 0.01)
@@ -141,13 +165,6 @@ def pretrain(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         done += 1
-        if done % every == 0:
-            asked = labels != UNASKED
-            guesses = torch.stack([answer.argmax(-1) for answer in answers])
-            right = float((guesses == labels)[asked].float().mean())
-            each = [
-                float((g == t)[t != UNASKED].float().mean())
-                for g, t in zip(guesses, labels, strict=True)
-            ]
-            log(f"text: step {done}, {100 * right:.1f} % right, least {100 * min(each):.1f} %")
-    return right
+        if done % 200 == 0:
+            log(f"text: step {done}, {100 * _share_right(answers, labels):.1f} % right")
+    return _share_right(answers, labels)

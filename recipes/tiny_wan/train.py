@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
         "--deadline-s", type=float, help="end training by this many seconds after the start"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the transformer in OUTPUT"
+        "--resume", action="store_true", help="start from the transformer in OUTPUT"
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument(

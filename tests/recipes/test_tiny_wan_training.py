@@ -74,3 +74,24 @@ def test_one_padding_token_stands_for_all():
     bias[-1] = torch.log(torch.tensor(512.0 - dit.TEXT_TOKENS + 1))
     short = dit.PaddedTextProcessor(bias)(attention, pixels, words[:, : dit.TEXT_TOKENS])
     torch.testing.assert_close(short, stock, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_fresh_text_encoder_hears_word_order():
+    import text
+
+    tokenizer, encoder = text.make_tokenizer(), text.make_text_encoder(text.CONFIG).eval()
+    captions = ["a red circle and a blue square", "a blue circle and a red square"]
+    first, second = text.embed(encoder, tokenizer(captions, return_tensors="pt").input_ids)
+    circle = 2
+    assert (first[circle] - second[circle]).norm() > 0.1 * first[circle].norm()
+
+
+def test_pretraining_runs_and_reports_a_share():
+    import text
+
+    lines = []
+    right = text.pretrain(
+        text.make_text_encoder(text.SMOKE_CONFIG), 48, 2.0, "cpu", lines.append, 8
+    )
+    assert 0 < right <= 1
