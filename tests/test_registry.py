@@ -1,0 +1,93 @@
+"""Finding methods and families, and the published settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+from tiny_pipelines import TINY_PIPELINES
+
+from dit_accel import accelerate_pipeline, acceleration_report, registry
+from dit_accel.methods.dense import Dense
+from dit_accel.presets import DEFAULT, PRESETS, auto_method, preset_for
+
+
+@dataclass(frozen=True)
+class ThirdParty(Dense):
+    """A method from another package."""
+
+    name: ClassVar[str] = "third_party"
+
+
+@pytest.fixture
+def third_party(monkeypatch):
+    point = SimpleNamespace(load=lambda: ThirdParty)
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [point] if group == "dit_accel.methods" else []
+    )
+    registry._methods.cache_clear()
+    yield
+    registry._methods.cache_clear()
+
+
+def test_built_in_methods_and_families():
+    assert registry.list_methods() == ["dense", "gna", "radial", "sliding_window"]
+    assert registry.list_families() == ["flux", "hunyuan_video", "sd3", "wan"]
+
+
+def test_entry_points_of_other_packages(third_party):
+    assert registry.method_class("third_party") is ThirdParty
+    pipe = TINY_PIPELINES["wan"][0]()
+    accelerate_pipeline(pipe, "third_party")
+    assert acceleration_report(pipe).method == "third_party"
+
+
+@pytest.mark.parametrize(("variant", "method"), sorted(PRESETS))
+def test_published_settings_are_valid_options(variant, method):
+    preset = preset_for(variant, method)
+    assert registry.resolve_method(method, **preset.options).name == method
+    assert preset.source
+
+
+def test_presets_reach_the_method_and_the_schedule():
+    pipe = TINY_PIPELINES["wan22"][0]()
+    accelerate_pipeline(pipe, "radial", decay=0.5)
+    report = acceleration_report(pipe)
+    assert report.options["block_size"] == 64  # Wan 2.2's published setting
+    assert report.options["decay"] == 0.5  # the user's
+    assert report.settings["dense_steps"][0] == 11 / 40
+    assert "Wan2.2" in report.settings["preset"]
+    assert preset_for("wan", "sliding_window") is DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("wan", "radial"), ("hunyuan", "radial"), ("flux", "gna"), ("sd3", "dense")]
+)
+def test_auto_takes_a_published_setting_and_says_so(name, method):
+    pipe = TINY_PIPELINES[name][0]()
+    accelerate_pipeline(pipe)
+    report = acceleration_report(pipe)
+    assert report.method == method
+    assert any("method='auto' took" in note for note in report.notes)
+    assert auto_method("unheard_of")[0] == "dense"
+
+
+def test_report_as_json_and_text():
+    import json
+
+    from tiny_pipelines import run_tiny
+
+    build, arguments = TINY_PIPELINES["wan"]
+    pipe = build()
+    accelerate_pipeline(pipe, "gna", block_size=16, dense_steps=1, min_tokens=0)
+    run_tiny(pipe, arguments)
+    report = acceleration_report(pipe)
+    content = json.loads(json.dumps(report.to_dict()))
+    assert content["attention_calls"] == len(report.calls) == 18
+    assert content["sparse_density"] < content["density"] < 1
+    assert content["density"] <= content["block_density"]
+    assert set(content["steps"]) == {"0", "1", "2"}
+    assert content["transformer_s"] > 0
+    assert "one of the dense first steps" in str(report)
