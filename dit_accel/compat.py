@@ -42,7 +42,7 @@ def add_attention_backend(name: str, function: Callable[..., Tensor]) -> Callabl
             table.pop(member, None)
         getattr(registry, "_supports_context_parallel", set()).discard(name)
         if registry._active_backend == member:
-            registry.set_active_backend(names.NATIVE)
+            registry._active_backend = names.NATIVE
 
     return remove
 

@@ -63,7 +63,8 @@ def test_presets_reach_the_method_and_the_schedule():
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("wan", "radial"), ("hunyuan", "radial"), ("flux", "gna"), ("sd3", "dense")]
+    ("name", "method"),
+    [("wan", "radial"), ("hunyuan", "radial"), ("flux", "gna"), ("sd3", "dense")],
 )
 def test_auto_takes_a_published_setting_and_says_so(name, method):
     pipe = TINY_PIPELINES[name][0]()
