@@ -11,6 +11,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -34,9 +35,14 @@ class Operator(ABC):
     def why_not_here(self) -> str | None:
         """Return why this machine can't run it at all, or None."""
 
+    @cached_property
+    def unavailable(self) -> str | None:
+        """`why_not_here`, asked once: it looks at files and drivers, and calls are many."""
+        return self.why_not_here()
+
     def why_not(self, plan: BlockSparsePlan, query: Tensor) -> str | None:
         """Return why it can't run this plan on these tensors, or None."""
-        return self.why_not_here()
+        return self.unavailable
 
     @abstractmethod
     def run(
@@ -64,11 +70,12 @@ class TritonOperator(Operator):
         from dit_accel.kernels.block_sparse import why_unavailable
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return why_unavailable(device, torch.float16, 64)
+        reason = why_unavailable(device, torch.float16, 64)
+        return "no NVIDIA GPU was found" if reason and device.type == "cpu" else reason
 
     def why_not(self, plan: BlockSparsePlan, query: Tensor) -> str | None:
         """Check device, dtype, head size and block size too."""
-        if reason := self.why_not_here():
+        if reason := self.unavailable:
             return reason
         from dit_accel.kernels.block_sparse import why_unavailable
 
@@ -119,7 +126,7 @@ class FlexOperator(Operator):
         """On CUDA its generated kernel needs block sizes of at least 16."""
         if query.is_cuda and plan.video_mask.BLOCK_SIZE[0] < 16:
             return f"block size {plan.video_mask.BLOCK_SIZE[0]} is under 16"
-        return self.why_not_here()
+        return self.unavailable
 
     def run(
         self,
@@ -166,7 +173,7 @@ class FlashAttention4Operator(Operator):
 
     def why_not(self, plan: BlockSparsePlan, query: Tensor) -> str | None:
         """It takes 128-token blocks without per-token masks, in half precision."""
-        if reason := self.why_not_here():
+        if reason := self.unavailable:
             return reason
         if query.dtype not in (torch.float16, torch.bfloat16):
             return f"dtype {query.dtype} is not float16 or bfloat16"

@@ -32,7 +32,8 @@ class RunningForward:
     moment: Moment
     num_layers: int
     mask_explained: bool
-    order: TokenOrder  # in which the tokens are right now
+    wanted: TokenOrder  # in which the method wants the video tokens
+    order: TokenOrder  # in which they are
     started: Any  # time mark
 
 
@@ -78,10 +79,18 @@ class Runtime:
                 "without enable_parallelism."
             )
         method = self._method_for(layout)
-        order = self._reorder(inputs, method, moment, parallel, kwargs["hidden_states"].device)
+        wanted = method.token_order(layout.grid)
+        order = self._reorder(inputs, wanted, moment, parallel, kwargs["hidden_states"].device)
         started = _mark(kwargs["hidden_states"])
         self._running = RunningForward(
-            inputs.layouts, method, moment, num_layers, inputs.mask_explained, order, started
+            inputs.layouts,
+            method,
+            moment,
+            num_layers,
+            inputs.mask_explained,
+            wanted,
+            order,
+            started,
         )
         return inputs.kwargs
 
@@ -96,31 +105,30 @@ class Runtime:
     def _reorder(
         self,
         inputs: ForwardInputs,
-        method: AttentionMethod,
+        wanted: TokenOrder,
         moment: Moment,
         parallel: bool,
         device: torch.device,
     ) -> TokenOrder:
-        """Set the order of this forward's tokens and return it."""
+        """Put this forward's tokens into the wanted order if possible; return their order."""
         layout = inputs.layouts[0]
         call = AttentionCall(layout, step=moment.step, num_steps=moment.num_steps)
         if self.schedule.dense_step_reason(call):
             return RASTER
-        order = method.token_order(layout.grid)
-        if order.is_raster and not inputs.tail_first:
+        if wanted.is_raster and not inputs.tail_first:
             return RASTER
         reason = "context parallelism is on" if parallel else inputs.keep_order
         if reason is not None:
             self.recorder.note(f"tokens are reordered in every layer, not once per step: {reason}")
             return RASTER
-        key = (layout.grid, order, inputs.tail_first, device)
+        key = (layout.grid, wanted, inputs.tail_first, device)
         if key not in self._indices:
-            gather = order.permutation(layout.grid, device)
+            gather = wanted.permutation(layout.grid, device)
             tail = torch.arange(inputs.tail_first, device=device) + len(gather)
             gather = torch.cat([tail, gather])
             self._indices[key] = gather, torch.argsort(gather)
         self.shuffle.gather, self.shuffle.scatter = self._indices[key]
-        return order
+        return wanted
 
     # ---------------------------------------------------------------------- one attention call
 
@@ -179,14 +187,12 @@ class Runtime:
     ) -> Tensor:
         if reason is not None:
             return self._dense(query, key, value, None, scale, call, reason)
-        order = running.method.token_order(call.layout.grid)
-        if order == running.order:
-            return self._planned(query, key, value, scale, call, running.method, order)
+        if running.order == running.wanted:
+            return self._planned(query, key, value, scale, call, running)
         # The forward could not be reordered as a whole: do it around this one call.
-        gather, scatter = self._call_indices(call.layout, order, query.device)
+        gather, scatter = self._call_indices(call.layout, running.wanted, query.device)
         q, k, v = (x.index_select(1, gather) for x in (query, key, value))
-        out = self._planned(q, k, v, scale, call, running.method, order)
-        return out.index_select(1, scatter)
+        return self._planned(q, k, v, scale, call, running).index_select(1, scatter)
 
     def _planned(
         self,
@@ -195,10 +201,9 @@ class Runtime:
         value: Tensor,
         scale: float | None,
         call: AttentionCall,
-        method: AttentionMethod,
-        order: TokenOrder,
+        running: RunningForward,
     ) -> Tensor:
-        plan = self._plan(query, key, value, call, method, order)
+        plan = self._plan(query, key, value, call, running.method, running.wanted)
         if isinstance(plan, DensePlan):
             return self._dense(query, key, value, None, scale, call, plan.reason)
         choice = choose_operator(self.backend, self._operators, plan, query)
