@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
-PROMPT ?= a large red circle moving right on a blue background
+PROMPT ?= a large yellow star moving up on a striped dark blue background
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
@@ -18,7 +18,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 demo: $(READY)  ## one video twice, dense and accelerated
-	$(BIN)/dit-accel generate "$(PROMPT)" --model tiny-wan --method gna --set density=0.4 \
+	$(BIN)/dit-accel generate "$(PROMPT)" --model tiny-wan --method radial --set density=0.6 \
 		--set block_size=64 --frames 61 --steps 10 --compare --output outputs/demo.mp4 --force
 
 app: $(READY)  ## the demo page, on http://127.0.0.1:7860

@@ -46,22 +46,22 @@ PRESETS: Mapping[tuple[str, str], Preset] = MappingProxyType(
         ),
         ("hunyuan_video", "gna"): Preset(
             "GNA paper, HunyuanVideo 30x48x80: window 18x24x24, stride 16x8x8, 15 of 50 steps",
-            {"window": (18 / 30, 24 / 48, 24 / 80), "stride": (16, 8, 8)},
+            {"window": (18 / 30, 24 / 48, 24 / 80), "stride": (16 / 18, 8 / 24, 8 / 24)},
             dense_steps=0.3,
         ),
         ("wan", "gna"): Preset(
             "GNA paper, Cosmos 16x44x80: window 16x32x48, stride 1x8x16, 12 of 35 steps",
-            {"window": (1.0, 32 / 44, 48 / 80), "stride": (1, 8, 16)},
+            {"window": (1.0, 32 / 44, 48 / 80), "stride": (1, 8 / 32, 16 / 48)},
             dense_steps=0.34,
         ),
         ("wan2.2", "gna"): Preset(
             "GNA paper, Cosmos 16x44x80: window 16x32x48, stride 1x8x16, 12 of 35 steps",
-            {"window": (1.0, 32 / 44, 48 / 80), "stride": (1, 8, 16)},
+            {"window": (1.0, 32 / 44, 48 / 80), "stride": (1, 8 / 32, 16 / 48)},
             dense_steps=0.34,
         ),
         ("flux", "gna"): Preset(
             "GNA paper, FLUX.1-dev 4K 256x256: window 80x80, stride 16x16, 9 of 28 steps",
-            {"window": (1.0, 80 / 256, 80 / 256), "stride": (1, 16, 16)},
+            {"window": (1.0, 80 / 256, 80 / 256), "stride": (1, 16 / 80, 16 / 80)},
             dense_steps=9 / 28,
         ),
     }

@@ -51,6 +51,21 @@ def test_published_settings_are_valid_options(variant, method):
     assert preset.source
 
 
+@pytest.mark.parametrize(
+    ("variant", "grid", "windows", "strides"),
+    [
+        ("hunyuan_video", (30, 48, 80), (18, 24, 24), (16, 8, 8)),
+        ("wan", (16, 44, 80), (16, 32, 48), (1, 8, 16)),
+        ("flux", (1, 256, 256), (1, 80, 80), (1, 16, 16)),
+    ],
+    ids=["hunyuan_video", "wan", "flux"],
+)
+def test_published_gna_windows_come_out_at_the_published_sizes(variant, grid, windows, strides):
+    axes = registry.resolve_method("gna", **preset_for(variant, "gna").options).axes(grid)
+    assert tuple(axis.window for axis in axes) == windows
+    assert tuple(axis.stride for axis in axes) == strides
+
+
 def test_presets_reach_the_method_and_the_schedule():
     pipe = TINY_PIPELINES["wan22"][0]()
     accelerate_pipeline(pipe, "radial", decay=0.5)

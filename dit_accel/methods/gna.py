@@ -42,7 +42,9 @@ class GNA(StaticMethod):
         window: an int counts tokens, and must fit the axis. A float in (0, 1] is a share of the
             axis, rounded, at least one token; 1.0 is the whole axis. The default keeps a quarter
             of the pairs: every frame, and half of each axis within frames.
-        stride: at most the window; clipped to it where the window is given as a share.
+        stride: at most the window. An int counts tokens, and is clipped to a window given as a
+            share; a float in (0, 1] is a share of the window, rounded, at least one token, and
+            keeps its proportion on every grid. Blocked attention (stride = window) shows seams.
         dilation: a query sees only keys whose distance on the axis is a multiple of this.
             ``window * dilation`` must fit the axis; shares are clipped to fit.
         causal: hide the keys after the query on that axis.
@@ -52,7 +54,7 @@ class GNA(StaticMethod):
     paper: ClassVar[str] = "Generalized Neighborhood Attention, arXiv 2504.16922"
 
     window: Window | tuple[Window, ...] = (1.0, 0.5, 0.5)
-    stride: int | tuple[int, ...] = 1
+    stride: Window | tuple[Window, ...] = 1
     dilation: int | tuple[int, ...] = 1
     causal: bool | tuple[bool, ...] = False
 
@@ -68,15 +70,20 @@ class GNA(StaticMethod):
                     raise OptionError(f"{option}={value!r}: give one value, or one per axis.")
         for value in _values(self.window):
             check_window(value)
-        for option in ("stride", "dilation"):
-            for value in _values(getattr(self, option)):
-                if not _is_int(value) or value < 1:
-                    raise OptionError(f"{option}={value!r} must be an integer of at least 1.")
+        for value in _values(self.stride):
+            if not (_is_int(value) and value >= 1) and not _is_share(value):
+                raise OptionError(
+                    f"stride={value!r}: give a number of tokens (int, at least 1) or a share of "
+                    "the window (float in (0, 1])."
+                )
+        for value in _values(self.dilation):
+            if not _is_int(value) or value < 1:
+                raise OptionError(f"dilation={value!r} must be an integer of at least 1.")
         if not all(isinstance(value, bool) for value in _values(self.causal)):
             raise OptionError(f"causal={self.causal!r} must be True or False for each axis.")
         windows, strides = _per_axis(self.window, 1.0), _per_axis(self.stride, 1)
         for name, window, stride in zip(AXIS_NAMES, windows, strides, strict=True):
-            if _is_int(window) and stride > window:
+            if _is_int(window) and _is_int(stride) and stride > window:
                 raise OptionError(
                     f"stride {stride} is larger than window {window} on axis {name}: queries "
                     "would not see themselves. Choose a stride of at most the window."
@@ -160,7 +167,11 @@ class GNA(StaticMethod):
         return options[max(best, 0)]
 
     def _with_windows(self, axes: Axes, windows: tuple[int, ...]) -> Self:
-        strides = tuple(min(axis.stride, w) for axis, w in zip(axes, windows, strict=True))
+        given = _per_axis(self.stride, 1)
+        strides = tuple(
+            stride if isinstance(stride, float) else min(axis.stride, w)
+            for stride, axis, w in zip(given, axes, windows, strict=True)
+        )
         dilations = tuple(axis.dilation for axis in axes)
         return replace(self, window=windows, stride=strides, dilation=dilations)
 
@@ -186,7 +197,7 @@ def check_window(window: Any) -> None:
     """Raise `OptionError` unless ``window`` is a number of tokens or a share of an axis."""
     if _is_int(window) and window >= 1:
         return
-    if isinstance(window, float) and 0 < window <= 1:
+    if _is_share(window):
         return
     raise OptionError(
         f"window={window!r}: give a number of tokens (int, at least 1) or a share of the axis "
@@ -196,6 +207,10 @@ def check_window(window: Any) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value <= 1
 
 
 def _values(value: Any) -> tuple[Any, ...]:
@@ -211,7 +226,9 @@ def _per_axis(value: Any, missing: Any, grid: Grid | None = None) -> tuple[Any, 
     return t, h, w
 
 
-def _axis(name: str, size: int, window: Window, stride: int, dilation: int, causal: bool) -> Axis:
+def _axis(
+    name: str, size: int, window: Window, stride: Window, dilation: int, causal: bool
+) -> Axis:
     if _is_int(window):
         tokens = int(window)
     else:
@@ -222,4 +239,5 @@ def _axis(name: str, size: int, window: Window, stride: int, dilation: int, caus
             f"window {tokens}{dilated} spans {tokens * dilation} tokens, but axis {name} has "
             f"{size}. Choose a smaller one, or a share of the axis such as 1.0."
         )
-    return Axis(size, tokens, min(stride, tokens), dilation, causal)
+    step = int(stride) if _is_int(stride) else max(math.floor(stride * tokens + 0.5), 1)
+    return Axis(size, tokens, min(step, tokens), dilation, causal)

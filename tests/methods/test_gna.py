@@ -150,6 +150,7 @@ def test_lists_are_as_good_as_tuples():
         ({"window": (4, 4, 4, 4)}, "one per axis"),
         ({"window": ()}, "one per axis"),
         ({"stride": 0}, "stride=0"),
+        ({"stride": 1.5}, "stride=1.5"),
         ({"dilation": 0}, "dilation=0"),
         ({"dilation": 1.0}, "dilation=1.0"),
         ({"causal": 1}, "causal=1"),
@@ -175,3 +176,15 @@ def test_bad_options(options, words):
 def test_window_that_does_not_fit(method, words):
     with pytest.raises(OptionError, match=words):
         method.axes((1, 9, 12))
+
+
+def test_stride_as_a_share_keeps_its_proportion_to_the_window():
+    """Or a stride of a large grid would become blocked attention, with seams, on a small one."""
+    method = GNA((1.0, 0.5, 0.5), (1, 0.25, 1 / 3))
+    for side, window, strides in ((16, 8, (2, 3)), (64, 32, (8, 11)), (2, 1, (1, 1))):
+        _, h, w = method.axes((4, side, side))
+        assert (h.window, w.window) == (window, window)
+        assert (h.stride, w.stride) == strides
+    scaled = method.at_density(0.4, TokenLayout((16, 16, 16)))
+    for axis, share in zip(scaled.axes((16, 16, 16))[1:], (0.25, 1 / 3), strict=True):
+        assert axis.stride == round(share * axis.window) < axis.window
