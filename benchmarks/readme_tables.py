@@ -85,7 +85,7 @@ def kernels() -> str:
 
 def quality() -> str:
     """Return PSNR against dense per method and density, over the fixed prompts."""
-    data = load("quality-h200.json")
+    data = load("quality-cpu.json")
     rows = []
     for row in data["summary"]:
         if row["refused"]:

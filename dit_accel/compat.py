@@ -47,6 +47,14 @@ def add_attention_backend(name: str, function: Callable[..., Tensor]) -> Callabl
     return remove
 
 
+def active_backend() -> str:
+    """Return the name of the attention backend that diffusers uses where none is chosen."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    active: Any = _AttentionBackendRegistry._active_backend
+    return str(getattr(active, "value", active))
+
+
 def backend_member(name: str) -> Any:
     """Return the enum member of a registered backend."""
     from diffusers.models.attention_dispatch import AttentionBackendName

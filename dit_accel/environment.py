@@ -5,22 +5,26 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dit_accel.compat import active_backend
 from dit_accel.errors import OptionError
 
 PACKAGES = ("dit-accel", "torch", "triton", "diffusers", "transformers", "accelerate")
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Return the versions, the device and, in a checkout, the commit of this process."""
+    """Return the versions, the device, the dense baseline and, in a checkout, the commit."""
     return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "device": describe_device(device),
+        "dense_backend": f"diffusers: {active_backend()}",
         "commit": _commit(),
     }
 

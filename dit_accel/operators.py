@@ -21,6 +21,9 @@ from torch import Tensor
 from dit_accel.errors import OperatorUnavailableError, OptionError, did_you_mean
 from dit_accel.plan import BlockSparsePlan
 
+UNCOMPILED = ("cpu", "mps")
+"""Devices on which FlexAttention is not compiled."""
+
 AttentionOutput = tuple[Tensor, Tensor | None]
 """Output ``[B, N, H, D]`` and, where asked for, its natural-log LSE, float32 ``[B, H, N]``."""
 
@@ -110,7 +113,7 @@ class TritonOperator(Operator):
 
 @dataclass(frozen=True)
 class FlexOperator(Operator):
-    """PyTorch's FlexAttention, compiled on a GPU; on a CPU its slow but exact eager form."""
+    """PyTorch's FlexAttention, compiled on a GPU; elsewhere its slow but exact eager form."""
 
     name: ClassVar[str] = "flex"
 
@@ -123,8 +126,8 @@ class FlexOperator(Operator):
         return None
 
     def why_not(self, plan: BlockSparsePlan, query: Tensor) -> str | None:
-        """On CUDA its generated kernel needs block sizes of at least 16."""
-        if query.is_cuda and plan.video_mask.BLOCK_SIZE[0] < 16:
+        """Its generated kernel needs block sizes of at least 16."""
+        if query.device.type not in UNCOMPILED and plan.video_mask.BLOCK_SIZE[0] < 16:
             return f"block size {plan.video_mask.BLOCK_SIZE[0]} is under 16"
         return self.unavailable
 
@@ -141,7 +144,7 @@ class FlexOperator(Operator):
         from torch.nn.attention.flex_attention import flex_attention
 
         run: Any = flex_attention
-        if query.is_cuda:
+        if query.device.type not in UNCOMPILED:
             if "flex" not in self.compiled:
                 self.compiled["flex"] = torch.compile(flex_attention, dynamic=False)
             run = self.compiled["flex"]
@@ -280,7 +283,8 @@ def choose_operator(
                 "`dit-accel doctor`."
             )
         return Choice(operators[backend], ())
-    preferred = ("triton", "flash-attn-4", "flex", "torch") if query.is_cuda else ("torch",)
+    gpu = ("triton", "flash-attn-4", "flex", "torch")
+    preferred = ("torch",) if query.device.type in UNCOMPILED else gpu
     rejected: list[tuple[str, str]] = []
     for name in preferred:
         reason = operators[name].why_not(plan, query)
