@@ -105,10 +105,10 @@ def quality() -> str:
     settings = data["settings"]
     note = (
         f"tiny-wan, {settings['frames']} frames of {settings['width']}x{settings['height']}, "
-        f"{settings['steps']} steps, {data['summary'][0]['prompts']} prompts; bootstrap 95 % "
-        'intervals; "follows" is the share of prompted attributes that a checker finds (dense in '
-        "brackets). A clip this small gains nothing on a large GPU, as the last column says. "
-        f"{source(data)}\n"
+        f"{settings['steps']} steps, guidance {settings['guidance']}, "
+        f"{data['summary'][0]['prompts']} prompts, {settings['device']['cores']} CPU cores; "
+        'bootstrap 95 % intervals; "follows" is the share of prompted attributes that a checker '
+        f"finds (dense in brackets). {source(data)}\n"
     )
     columns = ["method", "density asked", "over all calls", "PSNR to dense", "follows", "speed-up"]
     return markdown(columns, rows) + note

@@ -23,6 +23,8 @@ Window = int | float
 """Tokens (int), or a share of the axis (float in (0, 1])."""
 
 AXIS_NAMES = ("t", "h", "w")
+EVERY_WINDOW_BLOCKS = 64
+"""Blocks up to which `GNA.at_density` tries every window instead of searching."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,9 @@ class GNA(StaticMethod):
         least = options[0].block_density(layout)
         if least > density:
             raise unreachable(self, density, layout, least)
+        if layout.video_length <= EVERY_WINDOW_BLOCKS * self.block_size:
+            # Few blocks line up badly with many windows, so that density jumps: ask them all.
+            return next(o for o in reversed(options) if o.block_density(layout) <= density)
         # Finding the best order is the slow part, and it changes little with the window: search
         # in one order, then step down until the order that will be used agrees. (Not in that of
         # the largest window: it may be dense, and then any order is as good.)

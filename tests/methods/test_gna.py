@@ -188,3 +188,16 @@ def test_stride_as_a_share_keeps_its_proportion_to_the_window():
     scaled = method.at_density(0.4, TokenLayout((16, 16, 16)))
     for axis, share in zip(scaled.axes((16, 16, 16))[1:], (0.25, 1 / 3), strict=True):
         assert axis.stride == round(share * axis.window) < axis.window
+
+
+@pytest.mark.parametrize("grid", [(9, 16, 16), (16, 16, 16), (1, 30, 33)], ids=str)
+def test_more_density_never_gives_a_smaller_window_on_small_grids(grid):
+    method = GNA((1.0, 0.7, 0.6), (1, 0.25, 1 / 3), block_size=64)
+    layout = TokenLayout(grid)
+    asked = [0.35, 0.5, 0.6, 0.7, 0.8, 0.9]
+    found = [method.at_density(density, layout) for density in asked]
+    for density, option in zip(asked, found, strict=True):
+        assert option.block_density(layout) <= density
+    windows = [option.window for option in found]
+    assert windows == sorted(windows)
+    assert windows[0] < windows[-1]
