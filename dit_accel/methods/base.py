@@ -67,10 +67,6 @@ class AttentionMethod(ABC):
         """
         raise OptionError(f"method {self.name!r} has no density: leave density out.")
 
-    def is_static(self) -> bool:
-        """Whether plans depend on the layout alone, not on the values (so one serves all calls)."""
-        return isinstance(self, StaticMethod)
-
 
 @dataclass(frozen=True)
 class StaticMethod(AttentionMethod):

@@ -6,7 +6,6 @@ cross-attention (``attn2``), which stays as it is.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -88,4 +87,4 @@ class Wan(PipelineFamily):
 
 def _grid(latent: Tensor, transformer: Any) -> tuple[int, int, int]:
     sizes = zip(latent.shape[2:], transformer.config.patch_size, strict=True)
-    return tuple(math.floor(n / p) for n, p in sizes)
+    return tuple(n // p for n, p in sizes)

@@ -249,8 +249,3 @@ class Trainer:
             block._compiled_call_impl = None
         self.dit.eval()
         self.encoder.eval()
-
-    def restore_stock_attention(self) -> None:
-        """Leave the transformer as `WanPipeline` expects it."""
-        for block in self.dit.blocks:
-            block.attn2.set_processor(WanAttnProcessor())
