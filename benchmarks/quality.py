@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -29,10 +29,10 @@ from dit_accel.cli.options import parse_options
 from dit_accel.environment import describe_device, environment, pick_device
 from dit_accel.errors import DensityUnreachableError, DitAccelError, OptionError
 from dit_accel.files import write_text
-from dit_accel.generation import Generation, GenerationRequest, Result, generate
+from dit_accel.generation import GenerationRequest, Result, generate
 from dit_accel.models import generation_defaults, load_pipeline
+from dit_accel.world.worlds import fixed_prompts, make_reader, shares_right
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "tiny_wan"
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = {
     "psnr_db": "PSNR, dB",
@@ -43,20 +43,6 @@ COLUMNS = {
     "dense_following": "dense",
 }
 Row = dict[str, Any]
-
-
-def prompt_following() -> Callable[[Generation, Row], float]:
-    """Return what reads off a clip the share of a prompt's attributes that it shows."""
-    sys.path.insert(0, str(RECIPE))
-    import check  # type: ignore[import-not-found]
-
-    masks = check.shape_masks()
-
-    def score(run: Generation, entry: Row) -> float:
-        clip = run.frames.permute(0, 2, 3, 1)
-        return check.summary([check.score_clip(clip, check.Scene.from_dict(entry), masks)])["all"]
-
-    return score
 
 
 def compare(
@@ -101,6 +87,9 @@ def run(args: argparse.Namespace) -> Row:
     options = {(m, d): parse_options(m, [f"density={d}", *args.set]) for m, d in pairs}
     defaults = asdict(generation_defaults(args.model))
     del defaults["fps"]
+    world = defaults.pop("world")
+    if world is None:
+        raise OptionError(f"{args.model} belongs to no drawn world: nothing reads what it draws.")
     settings: Row = {"model": args.model, "set": args.set, **defaults}
     settings["device"] = describe_device(device)
     content: Row = {"settings": settings, "environment": environment(device), "rows": []}
@@ -111,10 +100,10 @@ def run(args: argparse.Namespace) -> Row:
             raise OptionError(f"{output} has other settings: give another --output, or --force.")
     done = {(row["seed"], row["method"], row["density"]) for row in content["rows"]}
 
-    entries = json.loads((RECIPE / "prompts.json").read_text())[: args.prompts]
+    entries = fixed_prompts(world)[: args.prompts]
     todo = [(seed, *pair) for seed in range(len(entries)) for pair in pairs]
     todo = [key for key in todo if key not in done]
-    pipe, following = load_pipeline(args.model, device=device), prompt_following()
+    pipe, read = load_pipeline(args.model, device=device), make_reader(world, device)
     request = dense = None
     warm: set[tuple[str, float]] = set()
     for seed, method, density in track(todo, "prompts x methods", console=Console(stderr=True)):
@@ -123,7 +112,7 @@ def run(args: argparse.Namespace) -> Row:
             if not warm:
                 generate(pipe, replace(request, steps=1))
             dense = generate(pipe, request)
-            dense_following = following(dense, entries[seed])
+            dense_following = shares_right([read(dense.frames, entries[seed])])["all"]
         pair = method, density
         row: Row = {"prompt": request.prompt, "seed": seed, "method": method, "density": density}
         result = compare(pipe, request, dense, method, options[pair], pair in warm)
@@ -135,7 +124,8 @@ def run(args: argparse.Namespace) -> Row:
             row |= {n: report[n] for n in ("psnr_db", "speedup", "denoise_speedup")}
             row["block_density"] = result.report.block_density
             row["attended_density"] = result.report.density
-            row["following"] = following(result.accelerated, entries[seed])
+            marks = read(result.accelerated.frames, entries[seed])
+            row["following"] = shares_right([marks])["all"]
             row["dense_following"] = dense_following
         content["rows"].append(row)
         content["summary"] = summarise(content["rows"])

@@ -38,6 +38,10 @@ class ContextParallelError(DitAccelError, RuntimeError):
     """This combination of method and context parallelism would give wrong results."""
 
 
+class UnknownWordsWarning(UserWarning):
+    """A prompt has words that the model's captions never had."""
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest of ``valid``, followed by the whole list."""
     names = sorted(valid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.acceleration import accelerate_pipeline, acceleration_report, restore_pipeline
-from dit_accel.errors import OptionError
+from dit_accel.errors import OptionError, UnknownWordsWarning
 from dit_accel.eval.fidelity import psnr
+from dit_accel.models import world_of
 from dit_accel.report import AccelerationReport
+from dit_accel.world.worlds import unknown_words
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the steps done and the steps in all."""
@@ -26,7 +29,8 @@ class GenerationRequest:
     """What to generate; None leaves a setting to the pipeline.
 
     Raises:
-        OptionError: if a number is not positive (``guidance`` and ``seed``: is negative).
+        OptionError: if the prompt is empty, or a number is not positive (``guidance`` and
+            ``seed``: is negative).
     """
 
     prompt: str
@@ -39,7 +43,9 @@ class GenerationRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the prompt and the numbers."""
+        if not self.prompt.strip():
+            raise OptionError("the prompt is empty: say what to generate.")
         for name in ("steps", "frames", "height", "width"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -151,7 +157,18 @@ def generate(
     stage: str = "denoising",
     progress: Progress | None = None,
 ) -> Generation:
-    """Run a pipeline on one request. The seed gives the same noise on every device."""
+    """Run a pipeline on one request. The seed gives the same noise on every device.
+
+    Warns:
+        UnknownWordsWarning: if the prompt has words that a bundled model never saw in training.
+    """
+    _warn_of_unknown_words(pipe, request)
+    return _generate(pipe, request, stage, progress)
+
+
+def _generate(
+    pipe: Any, request: GenerationRequest, stage: str, progress: Progress | None
+) -> Generation:
     output, stopwatch = _run(pipe, request, stage, progress)
     frames = output.frames[0] if hasattr(output, "frames") else output.images[:1]
     return Generation(frames.float().cpu(), stopwatch.total_s, stopwatch.denoise_s)
@@ -182,7 +199,11 @@ def generate_accelerated(
 
     Raises:
         DitAccelError: if the pipeline can't be accelerated so; before any long run.
+
+    Warns:
+        UnknownWordsWarning: as `generate` does.
     """
+    _warn_of_unknown_words(pipe, request)
     dense = None
     if compare:
         # Sparse from the first step on, or the warm-up would miss what it is there to compile. It
@@ -191,9 +212,9 @@ def generate_accelerated(
         _warm_up(pipe, request, f"warming up ({method})", progress)
         restore_pipeline(pipe)
         _warm_up(pipe, request, "warming up (dense)", progress)
-        dense = generate(pipe, request, stage="denoising (dense)", progress=progress)
+        dense = _generate(pipe, request, "denoising (dense)", progress)
     accelerate_pipeline(pipe, method, **options)
-    accelerated = generate(pipe, request, stage=f"denoising ({method})", progress=progress)
+    accelerated = _generate(pipe, request, f"denoising ({method})", progress)
     return Result(accelerated, acceleration_report(pipe), dense)
 
 
@@ -267,6 +288,20 @@ def _now() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def _warn_of_unknown_words(pipe: Any, request: GenerationRequest) -> None:
+    world = world_of(pipe)
+    if world is None:
+        return
+    unknown = unknown_words(world, f"{request.prompt} {request.negative_prompt or ''}")
+    if unknown:
+        warnings.warn(
+            f"this model knows nothing of {', '.join(map(repr, unknown))}: its captions never had "
+            "these words (see its README.md).",
+            UnknownWordsWarning,
+            stacklevel=3,
+        )
 
 
 def _check_size(pipe: Any, request: GenerationRequest) -> None:

@@ -16,7 +16,10 @@ from dit_accel.errors import (
     OptionError,
     UnknownMethodError,
     UnknownPipelineError,
+    UnknownWordsWarning,
 )
+from dit_accel.generation import GenerationRequest, generate
+from dit_accel.models import load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,21 @@ def test_unknown_pipeline_lists_the_families_and_how_to_add_one():
 def test_method_class_suggests_the_nearest():
     with pytest.raises(UnknownMethodError, match="Did you mean 'sliding_window'"):
         method_class("slidingwindow")
+
+
+def test_words_that_a_bundled_model_never_saw_are_named():
+    request = GenerationRequest(
+        prompt="a red unicorn", negative_prompt="blurry", steps=1, frames=1, height=16, width=16
+    )
+    with pytest.warns(UnknownWordsWarning, match="nothing of 'unicorn', 'blurry'"):
+        made = generate(load_pipeline("tiny-wan"), request)
+    assert made.frames.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"], ids=repr)
+def test_an_empty_prompt(prompt):
+    with pytest.raises(OptionError, match="prompt is empty"):
+        GenerationRequest(prompt=prompt)
 
 
 def tokens(count: int) -> torch.Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_pipelines import tiny_sd3, tiny_wan
+from tiny_pipelines import TINY_PIPELINES, tiny_sd3, tiny_wan
 
 from dit_accel.errors import OptionError
 from dit_accel.models import (
@@ -17,7 +19,10 @@ from dit_accel.models import (
     locate_model,
     model_folder,
     pipeline_class,
+    pipeline_outline,
+    world_of,
 )
+from dit_accel.world.worlds import check_world
 
 
 def test_bundled_models_lie_in_the_package():
@@ -72,3 +77,74 @@ def test_generation_defaults(tmp_path):
     (tmp_path / "dit_accel.json").write_text('{"stepz": 4}')
     with pytest.raises(OptionError, match="Did you mean 'steps'"):
         generation_defaults(str(tmp_path))
+
+
+def test_every_bundled_model_names_its_world():
+    for name in list_models():
+        check_world(generation_defaults(name).world)
+
+
+def test_the_world_of_a_loaded_pipeline():
+    assert world_of(load_pipeline("tiny-wan")) == "clips"
+    assert world_of(tiny_wan()) is None
+
+
+@pytest.mark.parametrize("name", ["wan", "wan22", "wan_i2v", "wan_vace", "hunyuan", "flux", "sd3"])
+def test_an_outline_has_the_sizes_and_no_weights(name, tmp_path):
+    pipe = TINY_PIPELINES[name][0]()
+    pipe.save_pretrained(tmp_path)
+    outline = pipeline_outline(str(tmp_path))
+    assert type(outline) is type(pipe)
+    for factor in ("vae_scale_factor", "vae_scale_factor_spatial", "vae_scale_factor_temporal"):
+        assert getattr(outline, factor, None) == getattr(pipe, factor, None)
+    for part in ("vae", "transformer"):
+        weights = dict(getattr(outline, part).named_parameters())
+        assert weights.keys() == dict(getattr(pipe, part).named_parameters()).keys()
+        assert {weight.device.type for weight in weights.values()} == {"meta"}
+
+
+def test_models_of_the_hub_have_no_outline():
+    assert pipeline_outline("Wan-AI/Wan2.1-T2V-1.3B-Diffusers") is None
+
+
+WEIGHTS = sorted(
+    path.relative_to(model_folder(name).parent).as_posix()
+    for name in list_models()
+    for path in model_folder(name).glob("*/*.safetensors")
+)
+
+
+@pytest.fixture
+def copied(tmp_path, request) -> Path:
+    """Copy the model of a weight file, and return that file."""
+    weights = tmp_path / request.param
+    model = weights.parents[1]
+    shutil.copytree(model_folder(model.name), model)
+    return weights
+
+
+@pytest.mark.parametrize("copied", WEIGHTS, indirect=True)
+def test_a_missing_weight_file_is_named(copied):
+    copied.unlink()
+    with pytest.raises(OptionError, match=rf"no weights in .*{copied.parent.name}: copy or downl"):
+        load_pipeline(str(copied.parents[1]))
+
+
+@pytest.mark.parametrize("copied", WEIGHTS, indirect=True)
+@pytest.mark.parametrize("kept", [0, 5, 1000, -1], ids="kept={}".format)
+def test_a_truncated_weight_file_is_named(copied, kept):
+    copied.write_bytes(copied.read_bytes()[:kept])
+    with pytest.raises(OptionError, match=rf"{copied.parent.name}.*is damaged or incomplete"):
+        load_pipeline(str(copied.parents[1]))
+
+
+@pytest.mark.parametrize("file", ["vae/config.json", "text_encoder/config.json", "tokenizer"])
+def test_other_damage_is_one_error_too(tmp_path, file):
+    model = tmp_path / "model"
+    shutil.copytree(model_folder("tiny-wan"), model)
+    if (model / file).is_dir():
+        (model / file / "tokenizer.json").write_text("{")
+    else:
+        (model / file).unlink()
+    with pytest.raises(OptionError, match="could not be loaded"):
+        load_pipeline(str(model))

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 
 import typer
 
-from dit_accel.cli import generate, inspection
+from dit_accel.cli import evaluation, generate, inspection
 from dit_accel.cli.output import complain
 from dit_accel.errors import DitAccelError
 
 app = typer.Typer(
-    help="Fast diffusion transformers: generate, compare, and look at what can run here.",
+    help="Fast diffusion transformers: generate, compare, measure, and look at what can run here.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("generate")(generate.generate)
+app.add_typer(evaluation.app, name="eval")
 app.command("methods")(inspection.methods)
 app.command("families")(inspection.families)
 app.command("doctor")(inspection.doctor)

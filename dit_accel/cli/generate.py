@@ -11,16 +11,12 @@ import typer
 from rich.console import Console, Group
 from rich.table import Table
 
-from dit_accel.cli.options import parse_options
-from dit_accel.cli.output import print_json, progress_bars
-from dit_accel.errors import OptionError, did_you_mean
+from dit_accel.cli.options import parse_options, pick_dtype
+from dit_accel.cli.output import plain_warnings, print_json, progress_bars, quieten_libraries
+from dit_accel.errors import OptionError
 
 if TYPE_CHECKING:
-    import torch
-
     from dit_accel.generation import GenerationRequest, Result
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -81,10 +77,10 @@ def generate(
     """
     from dit_accel.environment import pick_device
     from dit_accel.files import check_outputs
-    from dit_accel.generation import GenerationRequest, generate_accelerated
-    from dit_accel.models import generation_defaults, load_pipeline
+    from dit_accel.generation import GenerationRequest, generate_accelerated, pipeline_arguments
+    from dit_accel.models import generation_defaults, load_pipeline, pipeline_outline
 
-    _quieten_libraries()
+    quieten_libraries()
     chosen = parse_options(method, options or [])
     outputs = Outputs(output)
     check_outputs(outputs.all(compare), force=force)
@@ -99,10 +95,13 @@ def generate(
     for name, value in settings.items():
         settings[name] = getattr(defaults, name) if value is None else value
     request = GenerationRequest(prompt=prompt, negative_prompt=negative, seed=seed, **settings)
-    place, precision = pick_device(device), _pick_dtype(dtype)
+    place, precision = pick_device(device), pick_dtype(dtype)
     _check_suffix(output, model)
+    outline = pipeline_outline(model)
+    if outline is not None:
+        pipeline_arguments(outline, request)  # refuses what this pipeline can't make
 
-    with progress_bars() as progress:
+    with plain_warnings(), progress_bars() as progress:
         progress(f"loading {model}", 0, 1)
         pipe = load_pipeline(model, device=place, dtype=precision)
         progress(f"loading {model}", 1, 1)
@@ -147,26 +146,6 @@ def _write(
     write_text(outputs.beside("report.json"), json.dumps(report, indent=2, allow_nan=False))
     write_text(outputs.beside("report.txt"), _as_text(result))
     return report
-
-
-def _quieten_libraries() -> None:
-    """Leave progress to our own bars, and spare users what no one here can act on."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
-def _pick_dtype(name: str) -> torch.dtype | None:
-    import torch
-
-    if name == "auto":
-        return None
-    if name not in DTYPES:
-        raise OptionError(f"unknown dtype {name!r}.{did_you_mean(name, (*DTYPES, 'auto'))}")
-    return getattr(torch, name)
 
 
 def _check_suffix(output: Path, model: str) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dit_accel.errors import OptionError, did_you_mean
 
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "float16", "bfloat16")
 GENERAL = ("density", "dense_steps", "dense_layers", "min_tokens", "backend")
 """Options of `accelerate_pipeline` that go with every method."""
 
@@ -45,6 +49,22 @@ def parse_options(
             ) from None
     _check(method, values, own)
     return values
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    """Return the torch dtype called ``name``; None, the model's choice, for "auto".
+
+    Raises:
+        OptionError: if it is none of `DTYPES`.
+    """
+    import torch
+
+    if name == "auto":
+        return None
+    if name not in DTYPES:
+        raise OptionError(f"unknown dtype {name!r}.{did_you_mean(name, (*DTYPES, 'auto'))}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def parse_value(text: str, hint: Any) -> Any:

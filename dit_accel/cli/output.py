@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
+
+from dit_accel.errors import UnknownWordsWarning
 
 if TYPE_CHECKING:
     from dit_accel.generation import Progress
@@ -17,6 +20,40 @@ def complain(error: Exception) -> None:
     """Print why a request is refused, on one line."""
     message = " ".join(str(error).split())
     Console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print each warning of dit-accel on one line, without the code that gave it."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, UnknownWordsWarning):
+                console = Console(stderr=True)
+                console.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
+
+
+def quieten_libraries() -> None:
+    """Leave progress to our own bars, and spare users what no one here can act on."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
 
 
 def print_json(value: Any) -> None:

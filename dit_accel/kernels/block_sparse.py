@@ -4,8 +4,8 @@ One program computes the output of ``block_m`` queries of one head with an onlin
 (FlashAttention-2, Dao 2023, algorithm 1) over the key tiles on its lists. `reference.py` says in
 plain torch what is computed.
 
-A query of the video visits, in this order: its full tiles, without any mask; a ragged last tile;
-its partial tiles, whose allowed pairs are read as bits; all text keys. A text query visits
+A query of the video visits, in this order: its full tiles, without any mask; its partial tiles,
+whose allowed pairs are read as bits; a ragged last tile and all text keys. A text query visits
 everything. Video and text are two segments of rows of the same tensors, so neither order of the two
 needs a copy.
 """
@@ -126,7 +126,7 @@ def _block_sparse_forward(
 ):  # fmt: skip
     """One program: ``BLOCK_M`` query rows of one head.
 
-    Long, because the four kinds of keys share one state that lives in registers: the arguments of a
+    Long, because the kinds of keys share one state that lives in registers: the arguments of a
     helper for each would be as long as its loop.
     """
     # Which rows: text queries first, because they visit every key and take the longest.
@@ -164,20 +164,17 @@ def _block_sparse_forward(
     last = tl.load(full + listed - 1, mask=(listed > 0) & (is_text == 0), other=-1)
     last = tl.where(is_text, blocks - 1, last)
     has_ragged = (last == blocks - 1) & (num_video % BLOCK != 0)
-    for step in tl.range(0, (listed - has_ragged.to(tl.int32)) * STEPS, num_stages=STAGES):
-        block = tl.load(full + step // STEPS, mask=is_text == 0, other=0)
-        block = tl.where(is_text, step // STEPS, block)
+    # The list is read one step ahead: the copies of the next tiles wait for the entry.
+    steps = (listed - has_ragged.to(tl.int32)) * STEPS
+    read_steps = tl.where(is_text, 0, steps)
+    ahead = tl.load(full, mask=read_steps > 0, other=0)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        block = tl.where(is_text, step // STEPS, ahead)
+        ahead = tl.load(full + (step + 1) // STEPS, mask=step + 1 < read_steps, other=0)
         n = video_start + block * BLOCK + step % STEPS * BLOCK_N
         acc, total, peak = _attend(
             q, keys, values, n, video_end, None, acc, total, peak, scale_log2,
             BLOCK_N, HEAD_SIZE, BLOCK_D, "none", USE_TMA, PRECISION,
-        )  # fmt: skip
-
-    ragged = tl.where(has_ragged, video_start + (blocks - 1) * BLOCK, video_end)
-    for n in tl.range(ragged, video_end, BLOCK_N, num_stages=STAGES):
-        acc, total, peak = _attend(
-            q, keys, values, n, video_end, None, acc, total, peak, scale_log2,
-            BLOCK_N, HEAD_SIZE, BLOCK_D, "end", USE_TMA, PRECISION,
         )  # fmt: skip
 
     # Partial tiles. One word holds a row's bits for a whole step, because BLOCK_N divides 64.
@@ -196,9 +193,15 @@ def _block_sparse_forward(
             BLOCK_N, HEAD_SIZE, BLOCK_D, "bits", USE_TMA, PRECISION,
         )  # fmt: skip
 
-    for n in tl.range(text_start, text_end, BLOCK_N, num_stages=STAGES):
+    # A ragged last tile and the text, in one loop: each further loop costs the first one registers.
+    ragged = tl.where(has_ragged, video_start + (blocks - 1) * BLOCK, video_end)
+    ragged_steps = tl.cdiv(video_end - ragged, BLOCK_N)
+    for step in tl.range(0, ragged_steps + tl.cdiv(num_text, BLOCK_N), num_stages=STAGES):
+        in_text = step >= ragged_steps
+        n = tl.where(in_text, text_start - ragged_steps * BLOCK_N, ragged) + step * BLOCK_N
+        n_end = tl.where(in_text, text_end, video_end)
         acc, total, peak = _attend(
-            q, keys, values, n, text_end, None, acc, total, peak, scale_log2,
+            q, keys, values, n, n_end, None, acc, total, peak, scale_log2,
             BLOCK_N, HEAD_SIZE, BLOCK_D, "end", USE_TMA, PRECISION,
         )  # fmt: skip
 

@@ -6,15 +6,16 @@ pipeline, so that ``DiffusionPipeline.from_pretrained(model_folder("tiny-wan"))`
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dit_accel.errors import OptionError, did_you_mean
+from dit_accel.errors import DitAccelError, OptionError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ class GenerationDefaults:
     height: int | None = None  # pixels
     width: int | None = None  # pixels
     fps: int = 16  # frames per second of the written video
+    world: str | None = None  # the drawn world it was trained on, one of `dit_accel.world.worlds`
 
 
 def list_models() -> list[str]:
@@ -88,7 +90,17 @@ def generation_defaults(model: str) -> GenerationDefaults:
     Raises:
         OptionError: if its `DEFAULTS_FILE` has an unknown entry.
     """
-    path = Path(locate_model(model)) / DEFAULTS_FILE
+    return _read_defaults(Path(locate_model(model)))
+
+
+def world_of(pipe: Any) -> str | None:
+    """Return the drawn world that a loaded pipeline was trained on, if it is a model of one."""
+    folder = pipe.config.get("_name_or_path")
+    return _read_defaults(Path(folder)).world if folder else None
+
+
+def _read_defaults(folder: Path) -> GenerationDefaults:
+    path = folder / DEFAULTS_FILE
     if not path.is_file():
         return GenerationDefaults()
     entries = json.loads(path.read_text(encoding="utf-8"))
@@ -119,6 +131,41 @@ def pipeline_class(model: str) -> type[DiffusionPipeline]:
     return found
 
 
+def pipeline_outline(model: str) -> DiffusionPipeline | None:
+    """Return a local model's pipeline without weights, from which sizes can be checked.
+
+    It has the VAE and the transformer on the meta device, and nothing else. None for models of
+    the hub, which are not fetched for this, and for parts that are no diffusers classes.
+
+    Raises:
+        OptionError: if there is no such model, or its folder lacks a configuration.
+    """
+    import diffusers
+    import torch
+
+    folder = locate_model(model)
+    if not Path(folder).is_dir():
+        return None
+    cls = pipeline_class(model)
+    taken = inspect.signature(cls.__init__).parameters
+    with _deliverable(model):
+        index = cls.load_config(folder)
+        # A part is a pair of library and class; what else there is are plain settings.
+        parts = {
+            name: None if isinstance(index[name], list | tuple) else index[name]
+            for name in index.keys() & taken.keys()
+        }
+        for name in ("vae", "transformer"):
+            library, class_name = index.get(name, (None, None))
+            if library != "diffusers":
+                return None
+            part_class = getattr(diffusers, class_name)
+            config = part_class.load_config(folder, subfolder=name)
+            with torch.device("meta"):
+                parts[name] = part_class.from_config(config)
+    return cls(**parts)
+
+
 def load_pipeline(
     model: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> DiffusionPipeline:
@@ -131,13 +178,15 @@ def load_pipeline(
             precision, and bfloat16 elsewhere.
 
     Raises:
-        OptionError: if there is no such model, or the hub or folder can't deliver it.
+        OptionError: if there is no such model, or the hub or folder can't deliver it; a missing
+            or damaged weight file is named.
     """
     import torch
     from diffusers import DiffusionPipeline
 
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    _check_weights(model)
     with _deliverable(model), warnings.catch_warnings():
         # diffusers 0.36 knows no other name for it; newer ones warn of that name.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
@@ -145,14 +194,43 @@ def load_pipeline(
     return pipe.to(device)
 
 
+def _check_weights(model: str) -> None:
+    """Refuse local models with a missing or damaged weight file; only headers are read."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(locate_model(model))
+    for config in sorted(folder.glob("*/config.json")):  # only parts with weights have one
+        part = config.parent
+        files = sorted(part.glob("*.safetensors"))
+        if not files and not any(part.glob("*.bin")):
+            raise OptionError(f"model {model!r} has no weights in {part}: {_remedy(model)}")
+        for file in files:
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise OptionError(
+                    f"weight file {file} is damaged or incomplete ({error}): {_remedy(model)}"
+                ) from error
+
+
 @contextmanager
 def _deliverable(model: str) -> Iterator[None]:
-    """Turn diffusers' many ways of not getting at a model into one error."""
+    """Turn the many ways of not getting at a model into one error."""
     try:
         yield
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+    except DitAccelError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OptionError(
-            f"model {model!r} could not be loaded: {reason} Check its name and the connection, or "
-            f"use a bundled model: {', '.join(list_models())}."
+            f"model {model!r} could not be loaded: {reason} ({_remedy(model)})"
         ) from error
+
+
+def _remedy(model: str) -> str:
+    if model in list_models():
+        return "install dit-accel again."
+    if Path(model).expanduser().is_dir():
+        return "copy or download the folder again."
+    return f"check its name and the connection, or use a bundled model: {', '.join(list_models())}."

@@ -1,6 +1,6 @@
 """Measure how a trained model attends: how locally, how widely, and how heads differ.
 
-    python recipes/tiny_wan/attention.py dit_accel/models/tiny-wan --output attention.json
+    python -m recipes.tiny_wan.attention dit_accel/models/tiny-wan --output attention.json
 
 Drawn clips of the fixed prompts are noised, and the self-attention of every layer and head is
 looked at for some of the queries.
@@ -13,11 +13,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import world
-from check import PROMPTS
 from diffusers import WanPipeline
 from diffusers.models.transformers import transformer_wan
 from torch import Tensor
+
+from dit_accel.world import clips
+from dit_accel.world.worlds import fixed_prompts
 
 NOISE_LEVELS = (0.3, 0.7, 0.95)
 QUERIES = 256  # looked at, of all
@@ -60,7 +61,7 @@ def attention_statistics(
         level: [defaultdict(float) for _ in pipe.transformer.blocks] for level in NOISE_LEVELS
     }
     for i, entry in enumerate(entries):
-        clip = world.render([world.Scene.from_dict(entry)], size, seed=i, device=pipe.device)
+        clip = clips.render([clips.Scene.from_dict(entry)], size, seed=i, device=pipe.device)
         latents = (pipe.vae.encode(clip).latent_dist.mode() - mean) / std
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(i)).to(latents)
         words, _ = pipe.encode_prompt(entry["prompt"], do_classifier_free_guidance=False)
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     pipe = WanPipeline.from_pretrained(args.folder, torch_dtype=torch.float32).to(args.device)
-    entries = json.loads(PROMPTS.read_text())[:: 64 // args.prompts][: args.prompts]
+    entries = fixed_prompts("clips")[:: 64 // args.prompts][: args.prompts]
     result = attention_statistics(pipe, entries, tuple(args.size))
     args.output.write_text(json.dumps(result) + "\n")
     for level, table in result.items():

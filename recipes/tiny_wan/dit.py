@@ -9,14 +9,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import text
 import torch
-import vae as autoencoder
-import world
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from optim import MuonAdamW, WeightAverage, captured
 from torch import Tensor, nn
+
+from dit_accel.world import clips as world
+from recipes.shared.optim import MuonAdamW, WeightAverage, captured
+from recipes.shared.schedule import schedule
+from recipes.tiny_wan import text
+from recipes.tiny_wan import vae as autoencoder
 
 CONFIG = dict(
     patch_size=(1, 2, 2),
@@ -207,7 +209,7 @@ class Trainer:
         start, first, every = time.monotonic(), self.done, 500 if self.on_gpu else 20
         while (share := (time.monotonic() - start) / seconds) < 1:
             warm = min(1.0, (self.done + 1) / warm_up)
-            self.optimizer.set_factor(warm * autoencoder.schedule(share, hold))
+            self.optimizer.set_factor(warm * schedule(share, hold))
             self.set_prompt_length(rng.choice(PROMPT_LENGTHS))
             name = rng.choices(names, weights)[0]
             self.steps[name]()

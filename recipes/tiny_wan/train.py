@@ -1,6 +1,6 @@
 """Train tiny-wan from nothing on one GPU and save it as a stock `WanPipeline`.
 
-    python recipes/tiny_wan/train.py --output dit_accel/models/tiny-wan
+    python -m recipes.tiny_wan.train --output dit_accel/models/tiny-wan
 
 Stages, each of which leaves a file in the work folder and is skipped when that is there:
 `vae` trains the autoencoder, `latents` draws and encodes clips, `text` teaches the text encoder
@@ -9,18 +9,18 @@ which words belong together, `dit` trains transformer and text encoder and write
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import dit
-import text
 import torch
-import vae as autoencoder
-import world
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5EncoderModel
+
+from dit_accel.world import clips as world
+from recipes.shared.portable import make_portable
+from recipes.tiny_wan import dit, text
+from recipes.tiny_wan import vae as autoencoder
 
 STAGES = ("vae", "latents", "text", "dit")
 VAE_SIZES = [(4, 17, 128, 128)] * 3 + [(2, 33, 128, 128)] + [(1, 17, 256, 256)] * 2
@@ -35,7 +35,8 @@ SMOKE_BUCKETS = (
     dit.Bucket("9x64", (9, 64, 64), 8, 4, 2, shift=3.0, share=0.5),
 )
 VALIDATION_BATCHES = 4
-ALONE = 0.35  # share of the transformer's time spent on the first, smallest bucket alone
+# Share of the transformer's time spent on the first, smallest bucket alone.
+ALONE, ALONE_RESUMED = 0.35, 0.15
 
 
 def arguments() -> argparse.Namespace:
@@ -137,8 +138,8 @@ def run_dit(args: argparse.Namespace, log: Callable) -> None:
     seconds = args.dit_seconds
     if args.deadline_s is not None:
         seconds = min(seconds, args.deadline_s - (time.monotonic() - args.started))
-    alone = 0.0 if args.resume else ALONE
-    steps = trainer.train(alone * seconds, {buckets[0].name: 1.0}, hold=1.0) if alone else 0
+    alone = ALONE_RESUMED if args.resume else ALONE
+    steps = trainer.train(alone * seconds, {buckets[0].name: 1.0}, hold=1.0)
     steps += trainer.train((1 - alone) * seconds, {b.name: b.share for b in buckets}, hold=0.25)
     log(f"transformer: {steps} steps")
     trainer.use_average()
@@ -175,20 +176,6 @@ def save_pipeline(args: argparse.Namespace, transformer, encoder) -> None:
     )
     pipe.save_pretrained(args.output)
     make_portable(args.output)
-
-
-def make_portable(folder: Path) -> None:
-    """Name the tokenizer class that every transformers has; drop where parts were loaded from."""
-    for path in folder.rglob("*.json"):
-        old = path.read_text()
-        new = old.replace("TokenizersBackend", "PreTrainedTokenizerFast")
-        if path.name in ("config.json", "model_index.json", "scheduler_config.json"):
-            entries = json.loads(new)
-            for key in ("_name_or_path", "_use_default_values"):
-                entries.pop(key, None)
-            new = json.dumps(entries, indent=2) + "\n"
-        if new != old:
-            path.write_text(new)
 
 
 def main() -> None:

@@ -13,11 +13,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import world
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
-from optim import MuonAdamW, captured
 from torch import Tensor, nn
+
+from dit_accel.world import clips as world
+from recipes.shared.optim import MuonAdamW, captured
+from recipes.shared.schedule import schedule
 
 Size = tuple[int, int, int, int]  # clips, frames, height, width
 
@@ -170,13 +172,6 @@ class _Step:
         for mine, fresh in zip(self.tensors, self._drawn(), strict=True):
             mine.copy_(fresh, non_blocking=True)
         self.run()
-
-
-def schedule(share: float, hold: float) -> float:
-    """Learning-rate factor after `share` of the time: constant up to `hold`, then a cosine to 0."""
-    if share < hold:
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (share - hold) / (1 - hold)))) * 0.99 + 0.01
 
 
 def train_vae(

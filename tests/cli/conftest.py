@@ -37,6 +37,17 @@ def dit_accel(
     return run
 
 
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a model is loaded."""
+    from diffusers import DiffusionPipeline
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
+
+
 @pytest.fixture(scope="session")
 def video_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a tiny Wan pipeline with recommended settings."""

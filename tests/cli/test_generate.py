@@ -18,17 +18,6 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture
-def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail if a model is loaded."""
-    from diffusers import DiffusionPipeline
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
-
-
 def test_comparison_writes_both_videos_and_a_report(dit_accel, video_model, tmp_path):
     ran = dit_accel(
         *("generate", "a red ball", "--model", video_model, "--output", "out.mp4"),
@@ -121,6 +110,8 @@ def test_a_seed_gives_the_same_video_again(dit_accel, video_model, tmp_path):
         ),
         pytest.param(["--steps", "0"], "steps=0 must be at least 1", id="steps"),
         pytest.param(["--height", "-16"], "height=-16", id="height"),
+        pytest.param(["--height", "100"], "is not a multiple of 16", id="patch size"),
+        pytest.param(["--frames", "8"], "take 9", id="frames"),
         pytest.param(["--seed", "-1"], "seed=-1", id="seed"),
         pytest.param(["--device", "cuda:99"], "no device 'cuda:99' here", id="device"),
         pytest.param(["--dtype", "float8"], "Did you mean 'float", id="dtype"),
@@ -150,11 +141,7 @@ def test_refused_before_loading(dit_accel, video_model, tmp_path, arguments, mes
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        pytest.param(["--height", "100"], "is not a multiple of 16", id="height"),
-        pytest.param(["--frames", "8"], "take 9", id="frames"),
-        pytest.param(["--set", "window=50"], "50", id="window over the axis"),
-    ],
+    [pytest.param(["--set", "window=50"], "50", id="window over the axis")],
 )
 def test_refused_once_loaded(dit_accel, video_model, tmp_path, arguments, message):
     ran = dit_accel(
@@ -164,6 +151,25 @@ def test_refused_once_loaded(dit_accel, video_model, tmp_path, arguments, messag
     assert ran.code == 2
     assert message in ran.err
     assert names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize("prompt", ["", "  "], ids=repr)
+def test_an_empty_prompt_is_refused(dit_accel, video_model, tmp_path, prompt):
+    ran = dit_accel("generate", prompt, "--model", video_model, "--output", "out.mp4")
+    assert ran.code == 2
+    assert "the prompt is empty" in ran.err
+    assert names(tmp_path) == []
+
+
+def test_words_unknown_to_a_bundled_model_are_named(dit_accel, tmp_path):
+    ran = dit_accel(
+        *("generate", "a red unicorn moving left", "--model", "tiny-wan", "--output", "out.mp4"),
+        *("--frames", "5", "--height", "32", "--width", "32", "--steps", "1", "--compare"),
+    )
+    assert ran.code == 0, ran.err
+    assert ran.err.count("warning: this model knows nothing of 'unicorn'") == 1
+    assert (tmp_path / "out.mp4").exists()
 
 
 def test_unwritable_folder_is_refused(dit_accel, video_model, tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
-"""The drawn world that tiny-wan learns: captioned clips of moving, textured shapes.
+"""The drawn world of clips: captioned videos of moving, textured shapes.
 
 A `Scene` says what is in a clip, `caption` puts it into words, and `render` draws it in batched,
 anti-aliased plain torch at any length and size. Lengths are in frame widths and heights (0 to 1),
 angles in radians; a clip is [C, T, H, W] in [-1, 1].
 """
+
+from __future__ import annotations
 
 import math
 import random
@@ -13,32 +15,19 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-RGB = tuple[float, float, float]
+from dit_accel.world.painting import paint_background, paint_thing
+from dit_accel.world.vocabulary import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    SYNONYMS,
+    TEXTURES,
+    second_tone,
+)
 
-# Each colour has two tones: the second fills the stripes, dots and squares of a texture.
-COLOURS: dict[str, tuple[RGB, RGB]] = {
-    "red": ((0.90, 0.10, 0.10), (1.00, 0.60, 0.55)),
-    "green": ((0.10, 0.80, 0.15), (0.62, 0.98, 0.60)),
-    "blue": ((0.15, 0.30, 0.98), (0.55, 0.72, 1.00)),
-    "yellow": ((0.97, 0.90, 0.10), (0.60, 0.56, 0.00)),
-    "orange": ((0.98, 0.52, 0.05), (1.00, 0.78, 0.42)),
-    "cyan": ((0.10, 0.88, 0.92), (0.02, 0.48, 0.52)),
-    "magenta": ((0.92, 0.15, 0.85), (1.00, 0.65, 0.97)),
-    "white": ((0.97, 0.97, 0.97), (0.76, 0.76, 0.80)),
-}
-BACKGROUNDS: dict[str, RGB] = {
-    "black": (0.03, 0.03, 0.03),
-    "gray": (0.40, 0.40, 0.40),
-    "dark blue": (0.05, 0.07, 0.34),
-    "dark green": (0.03, 0.26, 0.08),
-    "brown": (0.33, 0.18, 0.08),
-    "purple": (0.27, 0.07, 0.38),
-}
-SIZES = {"small": 0.12, "large": 0.215}  # radius
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
-TEXTURES = ("plain", "striped", "dotted", "checkered")
-PATTERNS = ("plain", "striped", "checkered", "dotted", "cloudy")
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (
     *(f"moving {d}" for d in DIRECTIONS),
     "staying still",
@@ -47,22 +36,17 @@ MOTIONS = (
     "spinning",
 )
 CAMERAS = ("still", *(f"panning {d}" for d in DIRECTIONS), "zooming in", "zooming out")
-SYNONYMS = {
-    "circle": ("ball", "disc"),
-    "square": ("box",),
-    "cross": ("plus",),
-    "ring": ("donut",),
-    "small": ("little", "tiny"),
-    "large": ("big",),
-    "spinning": ("rotating",),
-    "growing": ("expanding",),
-    "staying still": ("not moving", "static"),
-    "moving": ("sliding", "going"),
-    "gray": ("grey",),
-    "dotted": ("spotted",),
-    "checkered": ("checked",),
-}
 CLOUD_WAVES = 6
+
+# What a caption's words say: attributes of a thing, and of the scene, with their values.
+THING_CLASSES = {
+    "size": tuple(SIZES),
+    "colour": tuple(COLOURS),
+    "texture": TEXTURES,
+    "shape": SHAPES,
+    "motion": MOTIONS,
+}
+SCENE_CLASSES = {"background": tuple(BACKGROUNDS), "pattern": PATTERNS, "camera": CAMERAS}
 
 
 @dataclass(frozen=True)
@@ -86,7 +70,7 @@ class Scene:
     camera: str = "still"
 
     @classmethod
-    def from_dict(cls, entry: dict) -> "Scene":
+    def from_dict(cls, entry: dict) -> Scene:
         """Read what `dataclasses.asdict` wrote; other keys are ignored."""
         known = {f.name: entry[f.name] for f in fields(cls) if f.name in entry}
         return cls(**{**known, "things": tuple(Thing(**t) for t in entry["things"])})
@@ -184,11 +168,6 @@ def vocabulary() -> list[str]:
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
-def second_tone(rgb: Tensor) -> Tensor:
-    """The lighter tone of a background's pattern."""
-    return (rgb * 1.2 + 0.1).clamp(max=1)
-
-
 def _place(scene: Scene, rng: random.Random) -> tuple[list[list[float]], list[list[float]]]:
     """Per thing its (x, y, radius, angle) at the clip's start and end."""
     count = len(scene.things)
@@ -277,101 +256,18 @@ def scene_tensors(scenes: list[Scene], seed: int, slots: int = 3) -> list[Tensor
     return [start, end, shape, texture, tones, ground, pattern, look, waves, camera]
 
 
-def _distance(shape: Tensor, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """Signed distance (negative inside) to the outline of each shape of radius `r`."""
-    d = (x * x + y * y).sqrt()
-    k = math.sqrt(3) / 2
-    square = torch.maximum(x.abs(), y.abs()) - 0.84 * r
-    triangle = torch.maximum(y, k * x.abs() - 0.5 * y) - 0.55 * r
-    bar, arm = 0.33 * r, r
-    cross = torch.minimum(
-        torch.maximum(x.abs() - bar, y.abs() - arm), torch.maximum(x.abs() - arm, y.abs() - bar)
-    )
-    ring = (d - 0.74 * r).abs() - 0.26 * r
-    # A star's edge is a straight line between an outer tip and an inner corner, in one tenth turn.
-    turn = torch.atan2(x, -y) * (5 / (2 * math.pi))
-    a = (turn - turn.round()).abs() * (2 * math.pi / 5)
-    outer, inner = 1.12, 0.48
-    tip, corner = (0.0, outer), (inner * math.sin(math.pi / 5), inner * math.cos(math.pi / 5))
-    nx, ny = tip[1] - corner[1], corner[0] - tip[0]
-    length = math.hypot(nx, ny)
-    star = (d * a.sin() * nx + (d * a.cos() - outer * r) * ny) / length
-    out = torch.where(shape == 0, d - r, square)
-    for index, value in ((2, triangle), (3, cross), (4, ring), (5, star)):
-        out = torch.where(shape == index, value, out)
-    return out
-
-
-def _paint_background(ground, pattern, look, waves, x, y, pixels) -> Tensor:
-    """Colour [N, 3, T, H, W] at world positions x, y; `pixels` is the length of 1 in pixels."""
-    column = (-1, 1, 1, 1)
-    cycles, phase, angle = (look[:, i].view(column) for i in range(3))
-    kind = pattern.view(column)
-    w = cycles * 2 * math.pi
-    striped = torch.sin((x * angle.cos() + y * angle.sin()) * w + phase)
-    checkered = 1.5 * torch.sin(x * w + phase) * torch.sin(y * w + phase)
-    dotted = torch.cos(x * w + phase) + torch.cos(y * w + phase) - 1.0
-    edge = torch.where(kind == 1, striped, torch.where(kind == 2, checkered, dotted))
-    share = (edge * pixels / w.clamp(min=1e-3) + 0.5).clamp(0, 1)
-    cloudy = sum(
-        torch.sin(
-            x * waves[:, i, 0].view(column)
-            + y * waves[:, i, 1].view(column)
-            + waves[:, i, 2].view(column)
-        )
-        for i in range(waves.shape[1])
-    )
-    share = torch.where(kind == 4, (0.5 + 0.18 * cloudy).clamp(0, 1), share)
-    share = torch.where(kind == 0, torch.zeros_like(share), share)[:, None]
-    first, second = ground[:, 0].view(-1, 3, 1, 1, 1), ground[:, 1].view(-1, 3, 1, 1, 1)
-    return first + (second - first) * share
-
-
-def _paint_thing(image, place, shape, texture, tones, x, y, pixels) -> Tensor:
-    """Draw one thing, its texture and its soft shadow over `image` [N, 3, T, H, W]."""
-    column = (-1, 1, 1, 1)
-    cx, cy, r, angle = place.unbind(-1)
-    cx, cy, r, angle = (v[:, :, None, None] for v in (cx, cy, r, angle))
-    shape, texture = shape.view(column), texture.view(column)
-    there = (r > 0).to(image.dtype)
-    r = r.clamp(min=1e-3)
-    cos, sin = angle.cos(), angle.sin()
-
-    def turned(dx, dy):
-        return dx * cos + dy * sin, dy * cos - dx * sin
-
-    dx, dy = x - cx, y - cy
-    shadow = _distance(shape, *turned(dx - 0.018, dy - 0.03), r)
-    dark = 0.4 * there * (0.5 - shadow / 0.03).clamp(0, 1)
-    u, v = turned(dx, dy)
-    cover = (there * (0.5 - _distance(shape, u, v, r) * pixels).clamp(0, 1))[:, None]
-    w = 2 * math.pi * torch.where(texture == 3, 0.8, torch.where(texture == 2, 1.7, 1.4)) / r
-    striped = torch.sin(v * w)
-    dotted = torch.cos(u * w) + torch.cos(v * w) - 0.9
-    checkered = 1.5 * torch.sin(u * w) * torch.sin(v * w)
-    edge = torch.where(texture == 1, striped, torch.where(texture == 2, dotted, checkered))
-    share = torch.where(
-        texture == 0, torch.zeros_like(edge), (edge * pixels / w + 0.5).clamp(0, 1)
-    )[:, None]
-    first, second = tones[:, 0].view(-1, 3, 1, 1, 1), tones[:, 1].view(-1, 3, 1, 1, 1)
-    light = 1.0 - 0.12 * ((dx + dy) / r * 0.5).clamp(-1, 1)
-    colour = (first + (second - first) * share) * light[:, None]
-    return image * (1 - dark[:, None]) * (1 - cover) + colour.clamp(0, 1) * cover
-
-
 def make_renderer(compiled: bool = False) -> Callable[..., Tensor]:
     """A function (scene tensors..., frames, height, width) -> clips [N, 3, T, H, W] in [-1, 1].
 
     `compiled` fuses the painting of each layer, for GPUs.
     """
-    paint_background, paint_thing = _paint_background, _paint_thing
+    background, thing = paint_background, paint_thing
     if compiled:
-        paint_background = torch.compile(paint_background, dynamic=True)
-        paint_thing = torch.compile(paint_thing, dynamic=True)
+        background = torch.compile(background, dynamic=True)
+        thing = torch.compile(thing, dynamic=True)
 
-    def draw(
-        start, end, shape, texture, tones, ground, pattern, look, waves, camera, *, size
-    ) -> Tensor:
+    def draw(*tensors: Tensor, size: tuple[int, int, int]) -> Tensor:
+        start, end, shape, texture, tones, ground, pattern, look, waves, camera = tensors
         frames, height, width = size
         t = torch.linspace(0, 1, frames, device=start.device)
         rows = ((torch.arange(height, device=start.device) + 0.5) / height).view(1, 1, -1, 1)
@@ -380,17 +276,22 @@ def make_renderer(compiled: bool = False) -> Callable[..., Tensor]:
         pan = (camera[:, :2, None] * (t - 0.5))[..., None, None]  # [N, 2, T, 1, 1]
         x, y = (columns - 0.5) / zoom + 0.5 + pan[:, 0], (rows - 0.5) / zoom + 0.5 + pan[:, 1]
         pixels = zoom * height
-        image = paint_background(ground, pattern, look, waves, x, y, pixels)
+        image = background(ground, pattern, look, waves, x, y, pixels)
         t = t.view(1, -1, 1)
         for k in range(start.shape[1]):
             place = start[:, k, None] * (1 - t) + end[:, k, None] * t  # [N, T, 4]
-            image = paint_thing(image, place, shape[:, k], texture[:, k], tones[:, k], x, y, pixels)
+            image = thing(image, place, shape[:, k], texture[:, k], tones[:, k], x, y, pixels)
         return image * 2 - 1
 
     return draw
 
 
-def render(scenes: list[Scene], size: tuple[int, int, int], seed: int, device="cpu") -> Tensor:
+def render(
+    scenes: list[Scene],
+    size: tuple[int, int, int],
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Draw `scenes` at `size` (frames, height, width); returns [N, 3, T, H, W] in [-1, 1]."""
     slots = max(len(s.things) for s in scenes)
     tensors = [t.to(device) for t in scene_tensors(scenes, seed, slots)]

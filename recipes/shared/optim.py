@@ -55,6 +55,20 @@ class MuonAdamW:
         self.factor.fill_(factor)
         self.rate.fill_(factor * self.lr_rest)
 
+    def state_dict(self) -> dict:
+        """What is needed to go on later, on the CPU."""
+        velocities = [v.cpu() for _, _, v in self.groups]
+        return {"velocities": velocities, "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a `state_dict`; before any step is captured."""
+        for (_, _, mine), stored in zip(self.groups, state["velocities"], strict=True):
+            mine.copy_(stored)
+        rate = self.rate
+        self.adamw.load_state_dict(state["adamw"])
+        for group in self.adamw.param_groups:
+            group["lr"] = rate  # one tensor that `set_factor` changes, not a copy of it
+
     def backward_and_step(self, loss: Tensor) -> None:
         """One update from `loss`, with the gradient's norm clipped at 1."""
         for p in self.parameters:
@@ -106,3 +120,15 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
         step()
     torch.cuda.synchronize()
     return graph.replay
+
+
+def captured_if_possible(
+    step: Callable[[], None], log: Callable[[str], None]
+) -> Callable[[], None]:
+    """`captured(step)`, or where capturing fails `step` itself, saying so: slower, but the same."""
+    try:
+        return captured(step)
+    except RuntimeError as error:
+        log(f"not captured as a CUDA graph, so slower: {str(error).splitlines()[0][:200]}")
+        torch.cuda.synchronize()
+        return step

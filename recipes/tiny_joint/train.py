@@ -1,0 +1,250 @@
+"""Train tiny-hunyuan, tiny-flux or tiny-sd3 from nothing on one GPU and save a stock pipeline.
+
+    python -m recipes.tiny_joint.train tiny-flux --output dit_accel/models/tiny-flux
+
+Stages, each of which leaves a file in the work folder and is skipped when that is there: `vae`
+trains the autoencoder, `latents` draws and encodes scenes, `text` teaches the text encoders which
+words belong together, `dit` trains the transformer and writes the pipeline. A run that was cut
+short, or that `--deadline-s` ended, goes on from its last checkpoint when started again.
+"""
+
+import argparse
+import copy
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from recipes.shared.portable import make_portable
+from recipes.tiny_joint import autoencoders
+from recipes.tiny_joint.model import Bucket, Model
+from recipes.tiny_joint.tiny_flux import TinyFlux
+from recipes.tiny_joint.tiny_hunyuan import TinyHunyuan
+from recipes.tiny_joint.tiny_sd3 import TinySd3
+from recipes.tiny_joint.trainer import Trainer, initialise
+
+MODELS: dict[str, type[Model]] = {
+    "tiny-hunyuan": TinyHunyuan,
+    "tiny-flux": TinyFlux,
+    "tiny-sd3": TinySd3,
+}
+STAGES = ("vae", "latents", "text", "dit")
+VALIDATION_BATCHES = 4
+EMBED_BATCH = 256
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the saved pipeline")
+    parser.add_argument(
+        "--work", type=Path, help="folder of intermediate files (default: OUTPUT.work)"
+    )
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="the last to run")
+    parser.add_argument("--vae-seconds", type=float, default=150)
+    parser.add_argument("--text-seconds", type=float, default=40)
+    parser.add_argument("--dit-seconds", type=float, default=600)
+    parser.add_argument(
+        "--deadline-s", type=float, help="stop with a checkpoint this long after the start"
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--smoke", action="store_true", help="tiny parts, to try the code")
+    args = parser.parse_args()
+    args.work = args.work or args.output.with_name(args.output.name + ".work")
+    return args
+
+
+class Run:
+    """One run of the recipe."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.started = args, time.monotonic()
+        self.model = MODELS[args.model]()
+        self.work, self.device = args.work, args.device
+        self.draw = self.model.world.make_renderer()
+        self.buckets = self.model.smoke_buckets if args.smoke else self.model.buckets
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def log(self, line: str) -> None:
+        """Print a line with the time, and keep it in the work folder."""
+        line = f"[{time.monotonic() - self.started:6.1f} s] {line}"
+        print(line, flush=True)
+        with (self.work / "log.txt").open("a") as file:
+            file.write(line + "\n")
+
+    def note(self, **entries: object) -> None:
+        """Keep facts for the model card."""
+        path = self.work / "training.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**known, **entries}, indent=1) + "\n")
+
+    def train_autoencoder(self) -> None:
+        """Stage `vae`."""
+        model, smoke = self.model, self.args.smoke
+        vae = model.make_autoencoder(smoke)
+        sizes = list(model.smoke_autoencoder_sizes if smoke else model.autoencoder_sizes)
+        started = time.monotonic()
+        steps = autoencoders.train_autoencoder(
+            vae, model.world, self.draw, sizes, self.args.vae_seconds, self.device, self.log
+        )
+        spent = round(time.monotonic() - started)
+        autoencoders.measure_latents(
+            vae, model.world, self.draw, sizes[0], 2 if smoke else 16, self.device
+        )
+        save_half(vae, self.work / "vae")
+        vae = model.load_autoencoder(self.work / "vae").to(self.device)
+        psnr = {}
+        for size in sizes[:1] if smoke else model.measured_sizes:
+            name = "x".join(map(str, size[1:]))
+            value = autoencoders.reconstruction_psnr(
+                vae, model.world, self.draw, size, 4, self.device
+            )
+            psnr[name] = round(value, 2)
+            self.log(f"autoencoder: {value:.2f} dB on unseen scenes of {name}")
+        self.note(autoencoder_steps=steps, autoencoder_s=spent, autoencoder_psnr_db=psnr)
+
+    def encode_scenes(self) -> None:
+        """Stage `latents`."""
+        vae = self.model.load_autoencoder(self.work / "vae").to(self.device)
+        started = time.monotonic()
+        stored = {}
+        for i, bucket in enumerate(self.buckets):
+            held_out = bucket.encode_batch * VALIDATION_BATCHES
+            stored[bucket.name] = {
+                "train": self._encode(vae, bucket, bucket.scenes, 11 + i),
+                "held out": self._encode(vae, bucket, held_out, 1011 + i),
+            }
+            self.log(f"latents: {bucket.scenes} scenes of {bucket.name}")
+        torch.save(stored, self.work / "latents.pt")
+        self.note(
+            scenes={b.name: b.scenes for b in self.buckets},
+            latents_s=round(time.monotonic() - started),
+        )
+
+    @torch.no_grad()
+    def _encode(self, vae, bucket: Bucket, count: int, seed: int):
+        """Normalised latents in bf16, and captions."""
+        world, rng, latents, captions = self.model.world, random.Random(seed), [], []
+        for _ in range(count // bucket.encode_batch):
+            size = (bucket.encode_batch, *bucket.size)
+            scenes, x = autoencoders.drawn(world, self.draw, size, rng, self.device)
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+                z = vae.encode(x).latent_dist.mean.float()
+            shift = getattr(vae.config, "shift_factor", None) or 0.0
+            latents.append(((z - shift) * vae.config.scaling_factor).bfloat16())
+            captions += [world.caption(s, rng) for s in scenes]
+        return torch.cat(latents), captions
+
+    def teach_text(self) -> None:
+        """Stage `text`."""
+        text, started = self.model.make_text(), time.monotonic()
+        self.model.teach(text, self.args.text_seconds, self.log, self.device)
+        for name, part in text.items():
+            part = part if name.startswith("tokenizer") else part.cpu()
+            part.save_pretrained(self.work / "text" / name)
+        self.note(text_s=round(time.monotonic() - started))
+
+    def load_text(self) -> dict:
+        """Tokenizers and taught text encoders."""
+        text = self.model.make_text()
+        for name, part in text.items():
+            if not name.startswith("tokenizer"):
+                text[name] = type(part).from_pretrained(self.work / "text" / name).float().eval()
+        return text
+
+    @torch.no_grad()
+    def _embed(self, pipe: DiffusionPipeline, captions: list[str], length: int):
+        """`Model.embed` in pieces, floats in bf16."""
+        parts = [
+            self.model.embed(pipe, captions[i : i + EMBED_BATCH], length)
+            for i in range(0, len(captions), EMBED_BATCH)
+        ]
+        whole = [torch.cat(p) for p in zip(*parts, strict=True)]
+        return tuple(t.bfloat16() if t.is_floating_point() else t for t in whole)
+
+    def train_transformer(self) -> None:
+        """Stage `dit`."""
+        args, model = self.args, self.model
+        stored = torch.load(self.work / "latents.pt", map_location=self.device)
+        text = self.load_text()
+        transformer = model.make_transformer(args.smoke)
+        torch.manual_seed(2)
+        initialise(transformer)
+        pipe = model.make_pipeline(text, None, None).to(self.device)
+        trainer = Trainer(model, transformer, self.device, self.log)
+        checkpoint = self.work / "checkpoint.pt"
+        if checkpoint.exists():
+            trainer.load(checkpoint)
+            self.log(f"transformer: goes on from step {trainer.done}")
+        held_out = {}
+        for i, bucket in enumerate(self.buckets):
+            latents, captions = stored[bucket.name]["train"]
+            words = self._embed(pipe, captions, bucket.text_length)
+            empty = self._embed(pipe, [""], bucket.text_length)
+            if i == 0:
+                trainer.add(bucket, latents, words, empty, guided=False)
+            if i or model.guidance is not None:
+                trainer.add(bucket, latents, words, empty, guided=model.guidance is not None)
+            latents, captions = stored[bucket.name]["held out"]
+            held_out[bucket] = latents, self._embed(pipe, captions, bucket.text_length)
+        deadline = None if args.deadline_s is None else self.started + args.deadline_s
+        finished = trainer.train(args.dit_seconds, deadline)
+        trainer.save(checkpoint)
+        self.note(transformer_steps=trainer.done, transformer_s=round(trainer.spent))
+        trainer.finish()  # the pipeline of an unfinished run is saved too: it can be looked at
+        save_pipeline(model, text, self.work, transformer, args.output)
+        self.log(f"transformer: {trainer.done} steps, {'done' if finished else 'to be resumed'}")
+        losses = {}
+        for bucket, (latents, words) in held_out.items():
+            losses[bucket.name] = round(trainer.validate(latents, words, bucket.encode_batch), 4)
+            self.log(f"transformer: loss {losses[bucket.name]} on unseen scenes of {bucket.name}")
+        gpu = torch.cuda.get_device_name() if self.device == "cuda" else self.device
+        self.note(transformer_loss=losses, device=gpu)
+
+
+def save_half(part, folder: Path) -> None:
+    """Save a copy of a part in fp16."""
+    copy.deepcopy(part).cpu().half().save_pretrained(folder)
+
+
+def save_pipeline(model: Model, text: dict, work: Path, transformer, output: Path) -> None:
+    """Write the pipeline in fp16, in a form that transformers 4 and 5 load alike."""
+    halves: dict[str, Callable] = {}
+    for name, part in text.items():
+        halves[name] = part if name.startswith("tokenizer") else copy.deepcopy(part).cpu().half()
+    vae = model.load_autoencoder(work / "vae").half()
+    pipe = model.make_pipeline(halves, vae, copy.deepcopy(transformer).cpu().half())
+    pipe.save_pretrained(output)
+    make_portable(output)
+    (output / "dit_accel.json").write_text(json.dumps(model.defaults, indent=2) + "\n")
+
+
+def main() -> None:
+    """Run the stages up to the one asked for."""
+    args = arguments()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    # With three heads of 64, cuDNN's attention reads outside its inputs (torch 2.11, H200).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch._dynamo.config.recompile_limit = 64
+    run = Run(args)
+    wanted = STAGES if args.stage == "all" else STAGES[: STAGES.index(args.stage) + 1]
+    if "vae" in wanted and not (run.work / "vae").exists():
+        run.train_autoencoder()
+    if "latents" in wanted and not (run.work / "latents.pt").exists():
+        run.encode_scenes()
+    if "text" in wanted and not (run.work / "text").exists():
+        run.teach_text()
+    if "dit" in wanted:
+        run.train_transformer()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Training of a transformer by flow matching, with guidance distilled into it on the way."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from recipes.shared.optim import MuonAdamW, WeightAverage, captured_if_possible
+from recipes.shared.schedule import schedule
+from recipes.tiny_joint.model import Bucket, Model
+
+NOISE_LEVELS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 0.97)  # for validation
+DROPPED = 0.1  # share of captions left out, for guidance
+ALONE = 0.35  # share of the time spent on the first, smallest bucket alone, without guidance
+HOLD = 0.45  # share of the time before the learning rate falls
+
+
+def initialise(transformer: nn.Module) -> None:
+    """Xavier weights; blocks and output start by changing nothing."""
+    for name, p in transformer.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif name.endswith("weight") and p.ndim >= 2:
+            nn.init.xavier_uniform_(p.view(p.shape[0], -1))
+    for name, p in transformer.named_parameters():
+        if p.ndim < 2:
+            continue
+        if "guidance_embedder.linear_2" in name:
+            nn.init.zeros_(p)
+        elif "time_text_embed" in name:
+            nn.init.normal_(p, std=0.02)
+        elif ("norm" in name and "linear" in name) or name.startswith("proj_out"):
+            nn.init.zeros_(p)
+
+
+def noise_level(count: int, shift: float, device: str) -> Tensor:
+    """Noise levels in (0, 1]: logit-normal, three in ten uniform, shifted towards noise."""
+    u = torch.rand(count, device=device)
+    bell = torch.sigmoid(torch.randn(count, device=device))
+    u = torch.where(torch.rand(count, device=device) < 0.3, u, bell)
+    return (shift * u / (1 + (shift - 1) * u)).clamp(1e-3, 1)
+
+
+def _remember(module: nn.Module) -> None:
+    """Let a module that only depends on its input's shape answer from memory."""
+    answers: dict[tuple[int, ...], object] = {}
+    compute = module.forward
+
+    def forward(x: Tensor):
+        if (key := tuple(x.shape)) not in answers:
+            answers[key] = compute(x)
+        return answers[key]
+
+    module.forward = forward
+
+
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """Values [B] in a shape that multiplies with `like` [B, ...]."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+class Trainer:
+    """Trains a model's transformer on buckets of latents and embedded captions."""
+
+    def __init__(self, model: Model, transformer: nn.Module, device: str, log: Callable):
+        self.model, self.transformer = model, transformer.to(device).train()
+        self.device, self.log, self.on_gpu = device, log, device == "cuda"
+        inner = [
+            p
+            for n, p in transformer.named_parameters()
+            if "blocks." in n and p.ndim == 2 and "norm" not in n
+        ]
+        ids = {id(p) for p in inner}
+        parameters = list(transformer.parameters())
+        self.optimizer = MuonAdamW(
+            inner, [p for p in parameters if id(p) not in ids], lr=2e-3, lr_rest=1e-3
+        )
+        self.average = WeightAverage(parameters, 0.999)
+        self.steps: dict[tuple[str, bool], Callable[[], None]] = {}
+        self.losses: dict[str, Tensor] = {}
+        self.done, self.spent = 0, 0.0
+        for name in ("pos_embed", "rope"):  # rotary tables; SD3's of that name is a layer
+            module = getattr(transformer, name, None)
+            if module is not None and not list(module.parameters()):
+                _remember(module)
+        if self.on_gpu:
+            for name, block in transformer.named_modules():
+                if name.rpartition(".")[0] in ("transformer_blocks", "single_transformer_blocks"):
+                    block.compile(dynamic=False)
+
+    def velocity(self, x: Tensor, sigma: Tensor, text, guidance: Tensor) -> Tensor:
+        """The transformer's answer, fp32."""
+        text = tuple(t.float() if t.is_floating_point() else t for t in text)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.on_gpu):
+            return self.model.velocity(self.transformer, x, sigma, text, guidance).float()
+
+    def add(self, bucket: Bucket, latents: Tensor, text, empty, guided: bool) -> None:
+        """Prepare the step for a bucket; `text` and `empty` (of no prompt) are `Model.embed`'s.
+
+        `guided`: half of the batch learns the answer at a guidance above 1, which is the usual
+        target moved along the difference that the caption makes (Tang et al. 2025, "Diffusion
+        models without classifier-free guidance", eq. 9, with the guidance told to the model).
+        """
+        total = self.losses.setdefault(bucket.name, torch.zeros((), device=self.device))
+        count, half = bucket.batch, bucket.batch // 2
+
+        def step() -> None:
+            with torch.no_grad():
+                pick = torch.randint(len(latents), (count,), device=self.device)
+                x = latents[pick].float()
+                words = tuple(t[pick] for t in text)
+                sigma = noise_level(count, bucket.shift, self.device)
+                noise = torch.randn_like(x)
+                noisy = x + spread(sigma, x) * (noise - x)
+                target = noise - x
+                guidance = torch.ones(count, device=self.device)
+                dropped = torch.rand(count, device=self.device) < DROPPED
+                if guided:
+                    low, high = self.model.guidance
+                    guidance[:half] = low + (high - low) * torch.rand(half, device=self.device)
+                    dropped[:half] = False
+                    nothing = tuple(e.expand(half, *e.shape[1:]) for e in empty)
+                    both = tuple(
+                        torch.cat((w[:half], n)) for w, n in zip(words, nothing, strict=True)
+                    )
+                    answers = self.velocity(
+                        noisy[:half].repeat(2, *[1] * (x.ndim - 1)),
+                        sigma[:half].repeat(2),
+                        both,
+                        torch.ones(2 * half, device=self.device),
+                    )
+                    told, untold = answers.chunk(2)
+                    target[:half] += spread(guidance[:half] - 1, x) * (told - untold)
+                words = tuple(
+                    torch.where(spread(dropped, w), e, w) for w, e in zip(words, empty, strict=True)
+                )
+            answer = self.velocity(noisy, sigma, words, guidance)
+            error = (answer - target).square().flatten(1).mean(1)
+            self.optimizer.backward_and_step(error.mean())
+            self.average.update()
+            total.add_(error[half:].mean().detach())
+
+        self.optimizer.set_factor(0.0)  # capturing runs the step twice
+        average = [a.clone() for a in self.average.average]
+        self.steps[bucket.name, guided] = (
+            captured_if_possible(step, self.log) if self.on_gpu else step
+        )
+        for mine, kept in zip(self.average.average, average, strict=True):
+            mine.copy_(kept)
+        self.log(f"transformer: step for {bucket.name}{' guided' if guided else ''} ready")
+
+    def train(self, seconds: float, deadline: float | None = None, warm_up: int = 200) -> bool:
+        """Train until `seconds` are spent, earlier runs counted in; False if `deadline` came first.
+
+        `deadline` is a time of `time.monotonic`.
+        """
+        rng = random.Random(self.done)
+        first, *_ = buckets = list(self.losses)
+        shares = {b.name: b.share for b in (*self.model.buckets, *self.model.smoke_buckets)}
+        counts = dict.fromkeys(buckets, 0)
+        before, start, every = self.spent, time.monotonic(), 500 if self.on_gpu else 20
+        for total in self.losses.values():
+            total.zero_()
+        while self.spent < seconds:
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+            share = self.spent / seconds
+            warm = min(1.0, (self.done + 1) / warm_up)
+            self.optimizer.set_factor(warm * schedule(share, HOLD))
+            alone = share < ALONE
+            name = first if alone else rng.choices(buckets, [shares[b] for b in buckets])[0]
+            self.steps[name, not alone and self.model.guidance is not None]()
+            counts[name] += 1
+            self.done += 1
+            if self.on_gpu and self.done % 20 == 0:
+                torch.cuda.synchronize()  # the clock must not run ahead of the device
+            self.spent = before + time.monotonic() - start
+            if self.done % every == 0:
+                if not all(bool(total.isfinite()) for total in self.losses.values()):
+                    raise RuntimeError(f"the loss is not finite at step {self.done}")
+                shown = ", ".join(
+                    f"{n} {self.losses[n].item() / counts[n]:.4f}" for n in buckets if counts[n]
+                )
+                for n in buckets:
+                    self.losses[n].zero_()
+                    counts[n] = 0
+                self.log(
+                    f"transformer: step {self.done}, {self.spent:.0f} of {seconds:.0f} s, "
+                    f"loss {shown}"
+                )
+        return True
+
+    @torch.no_grad()
+    def validate(self, latents: Tensor, text, batch: int) -> float:
+        """Mean loss over eight noise levels with fixed noise, at guidance 1."""
+        values = []
+        for level in NOISE_LEVELS:
+            for i in range(0, len(latents), batch):
+                x = latents[i : i + batch].float()
+                seed = torch.Generator(self.device).manual_seed(i)
+                noise = torch.randn(x.shape, device=self.device, generator=seed)
+                sigma = torch.full((len(x),), level, device=self.device)
+                words = tuple(t[i : i + batch] for t in text)
+                answer = self.velocity(
+                    x + level * (noise - x), sigma, words, torch.ones_like(sigma)
+                )
+                values += (answer - noise + x).square().flatten(1).mean(1).tolist()
+        return sum(values) / len(values)
+
+    def save(self, path: Path) -> None:
+        """Write all that is needed to go on."""
+        state = {
+            "weights": [p.detach().cpu() for p in self.transformer.parameters()],
+            "average": [a.cpu() for a in self.average.average],
+            "optimizer": self.optimizer.state_dict(),
+            "done": self.done,
+            "spent": self.spent,
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote; before any `add`."""
+        state = torch.load(path, map_location=self.device)
+        for p, stored in zip(self.transformer.parameters(), state["weights"], strict=True):
+            p.copy_(stored)
+        for a, stored in zip(self.average.average, state["average"], strict=True):
+            a.copy_(stored)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done, self.spent = state["done"], state["spent"]
+
+    def finish(self) -> None:
+        """Put the averaged weights in place; training ends here."""
+        self.average.store()
+        self.steps.clear()
+        for m in self.transformer.modules():
+            m._compiled_call_impl = None
+            m.__dict__.pop("forward", None)
+        self.transformer.eval()
