@@ -1,27 +1,16 @@
 """The training code's shortcuts give the same numbers as the stock classes."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "tiny_wan"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def recipe_path():
-    """The recipe's modules import each other by name, as a script's folder allows."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(RECIPE), *sys.path])
-        yield
+from recipes.tiny_wan import dit, text
+from recipes.tiny_wan import vae as autoencoder
 
 
 @pytest.mark.parametrize("frames", [1, 5, 13], ids="frames={}".format)
 @torch.no_grad()
 def test_whole_sequence_equals_stock_autoencoder(frames):
-    import vae as autoencoder
-
     vae = autoencoder.make_vae(autoencoder.SMOKE_CONFIG).eval().double()
     clips = (
         torch.rand(2, 3, frames, 32, 48, generator=torch.Generator().manual_seed(0)).double() * 2
@@ -39,8 +28,6 @@ def test_whole_sequence_equals_stock_autoencoder(frames):
 
 @torch.no_grad()
 def test_text_embedding_equals_stock_encoder():
-    import text
-
     tokenizer, encoder = text.make_tokenizer(), text.make_text_encoder(text.CONFIG).eval()
     batch = tokenizer(
         ["a small red circle", "camera panning left"],
@@ -57,9 +44,6 @@ def test_text_embedding_equals_stock_encoder():
 
 @torch.no_grad()
 def test_one_padding_token_stands_for_all():
-    import dit
-    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-
     model = dit.make_dit(dit.SMOKE_CONFIG).eval()
     attention = model.blocks[0].attn2
     attention.to_out[0].weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -78,8 +62,6 @@ def test_one_padding_token_stands_for_all():
 
 @torch.no_grad()
 def test_fresh_text_encoder_hears_word_order():
-    import text
-
     tokenizer, encoder = text.make_tokenizer(), text.make_text_encoder(text.CONFIG).eval()
     captions = ["a red circle and a blue square", "a blue circle and a red square"]
     first, second = text.embed(encoder, tokenizer(captions, return_tensors="pt").input_ids)
@@ -88,8 +70,6 @@ def test_fresh_text_encoder_hears_word_order():
 
 
 def test_pretraining_runs_and_reports_a_share():
-    import text
-
     lines = []
     right = text.pretrain(
         text.make_text_encoder(text.SMOKE_CONFIG), 48, 2.0, "cpu", lines.append, 8

@@ -1,0 +1,143 @@
+"""Write a bundled model's card from what its training and its checker measured.
+
+    python -m recipes.shared.card dit_accel/models/tiny-flux --training WORK/training.json \
+        --following follow.json
+
+The last section, what the model can't do, is written by hand: a card that is there keeps its own.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from dit_accel.models import GenerationDefaults
+from dit_accel.world import clips, pictures
+
+LIMITS = "## What it can't do"
+DATA = {
+    "clips": (
+        "Clips drawn by `dit_accel/world/clips.py`: one to three textured things that move over "
+        "patterned backgrounds, may pass in front of one another and cast a soft shadow; the "
+        "camera moves in a fifth of them."
+    ),
+    "pictures": (
+        "Pictures drawn by `dit_accel/world/pictures.py`: one to five textured things, placed, "
+        "counted or related to one another, on patterned backgrounds; rather more than half of "
+        "them in a style."
+    ),
+}
+OURS = "No picture or text made by people was used."
+
+
+def parts(pipe: DiffusionPipeline) -> list[str]:
+    """Table rows of the pipeline's networks."""
+    rows = ["| part | class | parameters |", "|---|---|---|"]
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            count = sum(p.numel() for p in part.parameters())
+            rows.append(f"| {name} | `{type(part).__name__}` | {count / 1e6:.1f} M |")
+    return rows
+
+
+def vocabulary(world: str) -> list[str]:
+    """What the model can be asked for, an item each."""
+    module = clips if world == "clips" else pictures
+    classes = {**module.THING_CLASSES, **module.SCENE_CLASSES}
+    return [f"- {name}: {', '.join(values)}" for name, values in classes.items()]
+
+
+def training(facts: dict[str, Any]) -> list[str]:
+    """What was done, and what came out on unseen scenes."""
+    scenes = sum(facts["scenes"].values())
+    rows = [
+        f"On one {facts['device']}: autoencoder {facts['autoencoder_s']} s "
+        f"({facts['autoencoder_steps']:,} steps), drawing and encoding {scenes:,} scenes "
+        f"{facts['latents_s']} s, text encoders {facts['text_s']} s, transformer "
+        f"{facts['transformer_s']} s ({facts['transformer_steps']:,} steps). Flow matching; Muon "
+        "with AdamW; weights averaged.",
+        "",
+        "| unseen scenes | autoencoder, PSNR |",
+        "|---|---|",
+        *(f"| {size} | {value} dB |" for size, value in facts["autoencoder_psnr_db"].items()),
+        "",
+        "| unseen scenes | transformer, loss over eight noise levels |",
+        "|---|---|",
+        *(f"| {size} | {value} |" for size, value in facts["transformer_loss"].items()),
+    ]
+    return rows
+
+
+def following(result: dict[str, Any]) -> list[str]:
+    """How many attributes of the fixed prompts came out."""
+    shares, settings = result["following"], result["settings"]
+    kinds = [k for k in shares if k not in ("all", "attributes")]
+    size = "x".join(str(settings[k]) for k in ("frames", "height", "width") if settings.get(k))
+    return [
+        f"`dit-accel eval follow`, {settings['prompts']} fixed prompts at {size}, "
+        f"{settings['steps']} steps, guidance {settings['guidance']}:",
+        "",
+        "| attribute | right |",
+        "|---|---|",
+        *(f"| {kind} | {100 * shares[kind]:.0f} % |" for kind in kinds),
+        f"| all {shares['attributes']} | **{100 * shares['all']:.0f} %** |",
+    ]
+
+
+def main() -> None:
+    """Write README.md into the model's folder."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="a saved pipeline")
+    parser.add_argument("--training", type=Path, required=True, help="training.json of the recipe")
+    parser.add_argument("--following", type=Path, required=True, help="of dit-accel eval follow")
+    args = parser.parse_args()
+
+    pipe = DiffusionPipeline.from_pretrained(args.folder)
+    defaults = GenerationDefaults(**json.loads((args.folder / "dit_accel.json").read_text()))
+    world = defaults.world or "clips"
+    name, card = args.folder.resolve().name, args.folder / "README.md"
+    total = sum(f.stat().st_size for f in args.folder.rglob("*.safetensors"))
+    old = card.read_text() if card.exists() else ""
+    limits = old[old.index(LIMITS) :] if LIMITS in old else f"{LIMITS}\n\nTo be written.\n"
+    lines = [
+        "---",
+        "license: apache-2.0",
+        "library_name: diffusers",
+        f"pipeline_tag: text-to-{'video' if world == 'clips' else 'image'}",
+        "---",
+        f"# {name}",
+        "",
+        f"A stock `{type(pipe).__name__}` of {total / 1e6:.0f} MB in fp16, trained from nothing by "
+        "`recipes/tiny_joint`. It exists to try attention methods anywhere, also without a GPU.",
+        "",
+        "## What it is",
+        "",
+        *parts(pipe),
+        "",
+        "## What it can be asked for",
+        "",
+        *vocabulary(world),
+        "",
+        "## Data",
+        "",
+        f"{DATA[world]} {OURS}",
+        "",
+        "## Training",
+        "",
+        *training(json.loads(args.training.read_text())),
+        "",
+        "## How well it follows a prompt",
+        "",
+        *following(json.loads(args.following.read_text())),
+        "",
+    ]
+    card.write_text("\n".join(lines) + "\n" + limits)
+
+
+if __name__ == "__main__":
+    main()
