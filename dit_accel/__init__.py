@@ -22,6 +22,9 @@ _PUBLIC = {
     "Radial": "dit_accel.methods.radial",
     "GNA": "dit_accel.methods.gna",
     "SlidingWindow": "dit_accel.methods.sliding_window",
+    "PSA": "dit_accel.methods.psa",
+    "RectifiedSpaAttn": "dit_accel.methods.rectified",
+    "PISA": "dit_accel.methods.pisa",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -35,7 +38,10 @@ if TYPE_CHECKING:
     from dit_accel.functional import sparse_attention as sparse_attention
     from dit_accel.methods.dense import Dense as Dense
     from dit_accel.methods.gna import GNA as GNA
+    from dit_accel.methods.pisa import PISA as PISA
+    from dit_accel.methods.psa import PSA as PSA
     from dit_accel.methods.radial import Radial as Radial
+    from dit_accel.methods.rectified import RectifiedSpaAttn as RectifiedSpaAttn
     from dit_accel.methods.sliding_window import SlidingWindow as SlidingWindow
     from dit_accel.registry import list_families as list_families
     from dit_accel.registry import list_methods as list_methods

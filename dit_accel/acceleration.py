@@ -71,12 +71,12 @@ def accelerate_pipeline(
     if guard is not None:
         raise OptionError("guard is not available in this version: leave it None.")
     family = family_of(pipe)
-    variant = family.variant(pipe)
+    variants = family.variants(pipe)
     chosen, notes = _single_method(method), []
     if chosen == "auto":
-        chosen, why = auto_method(variant)
+        chosen, why = auto_method(*variants)
         notes.append(f"method='auto' took {chosen!r}: {why}")
-    preset = preset_for(variant, chosen) if isinstance(chosen, str) else DEFAULT
+    preset = preset_for(*variants, method=chosen) if isinstance(chosen, str) else DEFAULT
     if isinstance(chosen, str):
         options = {**preset.options, **options}
     resolved = resolve_method(chosen, **options)

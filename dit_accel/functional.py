@@ -15,7 +15,7 @@ from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.errors import OptionError
 from dit_accel.grid import RASTER, TokenOrder, as_grid, check_tokens
 from dit_accel.methods.base import AttentionMethod, StaticMethod
-from dit_accel.operators import check_backend, choose_operator, make_operators
+from dit_accel.operators import SparsePlan, check_backend, choose_operator, make_operators
 from dit_accel.plan import FULL, AttentionPlan, BlockSparsePlan, DensePlan, block_mask_from_states
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ def sparse_attention(
         out = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
         lse = None
     else:
-        plan = _listed(plan, layout, query.device)
-        operator = choose_operator(backend, make_operators(), plan, query).operator
-        out, lse = operator.run(query, key, value, plan, scale, return_lse)
+        listed = _listed(plan, layout, query.device)
+        operator = choose_operator(backend, make_operators(), listed, query).operator
+        out, lse = operator.run(query, key, value, listed, scale, return_lse)
     if scatter is not None:
         out = out.index_select(1, scatter)
         lse = None if lse is None else lse.index_select(2, scatter)
@@ -99,9 +99,9 @@ def _static_plan(
     return method.plan_layout(layout, order, device)
 
 
-def _listed(plan: AttentionPlan, layout: TokenLayout, device: torch.device) -> BlockSparsePlan:
+def _listed(plan: AttentionPlan, layout: TokenLayout, device: torch.device) -> SparsePlan:
     """Write a dense plan as lists that hold every block; leave others as they are."""
-    if isinstance(plan, BlockSparsePlan):
+    if not isinstance(plan, DensePlan):
         return plan
     blocks = math.ceil(layout.video_length / 128)
     states = torch.full((blocks, blocks), FULL, dtype=torch.int8, device=device)

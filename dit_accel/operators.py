@@ -19,10 +19,15 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import OperatorUnavailableError, OptionError, did_you_mean
-from dit_accel.plan import BlockSparsePlan
+from dit_accel.kernels.statistics import block_statistics
+from dit_accel.plan import BlockSparsePlan, JointPlan
 
 UNCOMPILED = ("cpu", "mps")
 """Devices on which FlexAttention is not compiled."""
+
+SparsePlan = BlockSparsePlan | JointPlan
+
+POOLED = "the plan has pooled blocks or stand-ins, which only this package's operators know"
 
 AttentionOutput = tuple[Tensor, Tensor | None]
 """Output ``[B, N, H, D]`` and, where asked for, its natural-log LSE, float32 ``[B, H, N]``."""
@@ -43,7 +48,7 @@ class Operator(ABC):
         """`why_not_here`, asked once: it looks at files and drivers, and calls are many."""
         return self.why_not_here()
 
-    def why_not(self, plan: BlockSparsePlan, query: Tensor) -> str | None:
+    def why_not(self, plan: SparsePlan, query: Tensor) -> str | None:
         """Return why it can't run this plan on these tensors, or None."""
         return self.unavailable
 
@@ -53,7 +58,7 @@ class Operator(ABC):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        plan: BlockSparsePlan,
+        plan: SparsePlan,
         scale: float | None,
         return_lse: bool,
     ) -> AttentionOutput:
@@ -76,14 +81,14 @@ class TritonOperator(Operator):
         reason = why_unavailable(device, torch.float16, 64)
         return "no NVIDIA GPU was found" if reason and device.type == "cpu" else reason
 
-    def why_not(self, plan: BlockSparsePlan, query: Tensor) -> str | None:
+    def why_not(self, plan: SparsePlan, query: Tensor) -> str | None:
         """Check device, dtype, head size and block size too."""
         if reason := self.unavailable:
             return reason
         from dit_accel.kernels.block_sparse import why_unavailable
 
-        if plan.video_mask.BLOCK_SIZE[0] < 16:
-            return f"block size {plan.video_mask.BLOCK_SIZE[0]} is under 16"
+        if (size := _smallest_block(plan)) < 16:
+            return f"block size {size} is under 16"
         return why_unavailable(query.device, query.dtype, query.shape[-1])
 
     def run(
@@ -91,11 +96,23 @@ class TritonOperator(Operator):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        plan: BlockSparsePlan,
+        plan: SparsePlan,
         scale: float | None,
         return_lse: bool,
     ) -> AttentionOutput:
-        """Run `dit_accel.kernels.block_sparse.block_sparse_attention`."""
+        """Run `block_sparse_attention`, or `joint_sparse_attention`, of `dit_accel.kernels`."""
+        if isinstance(plan, JointPlan):
+            from dit_accel.kernels.joint import joint_sparse_attention
+
+            joint = joint_sparse_attention(
+                query,
+                key,
+                value,
+                **_joint(plan, query, key, value, scale),
+                text_first=plan.layout.text_first,
+                return_lse=return_lse,
+            )
+            return joint if isinstance(joint, tuple) else (joint, None)
         from dit_accel.kernels.block_sparse import block_sparse_attention
 
         result = block_sparse_attention(
@@ -125,8 +142,10 @@ class FlexOperator(Operator):
             return f"torch {torch.__version__} has no FlexAttention"
         return None
 
-    def why_not(self, plan: BlockSparsePlan, query: Tensor) -> str | None:
-        """Its generated kernel needs block sizes of at least 16."""
+    def why_not(self, plan: SparsePlan, query: Tensor) -> str | None:
+        """Its generated kernel needs block sizes of at least 16, and no pooled blocks."""
+        if isinstance(plan, JointPlan):
+            return POOLED
         if query.device.type not in UNCOMPILED and plan.video_mask.BLOCK_SIZE[0] < 16:
             return f"block size {plan.video_mask.BLOCK_SIZE[0]} is under 16"
         return self.unavailable
@@ -136,13 +155,14 @@ class FlexOperator(Operator):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        plan: BlockSparsePlan,
+        plan: SparsePlan,
         scale: float | None,
         return_lse: bool,
     ) -> AttentionOutput:
         """Run ``flex_attention`` with the plan's `BlockMask`, video first."""
         from torch.nn.attention.flex_attention import flex_attention
 
+        plan = _exact(plan)
         run: Any = flex_attention
         if query.device.type not in UNCOMPILED:
             if "flex" not in self.compiled:
@@ -174,10 +194,12 @@ class FlashAttention4Operator(Operator):
             return "it needs a Hopper or Blackwell GPU (compute capability 9.0 or newer)"
         return None
 
-    def why_not(self, plan: BlockSparsePlan, query: Tensor) -> str | None:
+    def why_not(self, plan: SparsePlan, query: Tensor) -> str | None:
         """It takes 128-token blocks without per-token masks, in half precision."""
         if reason := self.unavailable:
             return reason
+        if isinstance(plan, JointPlan):
+            return POOLED
         if query.dtype not in (torch.float16, torch.bfloat16):
             return f"dtype {query.dtype} is not float16 or bfloat16"
         if plan.video_mask.BLOCK_SIZE != (128, 128):
@@ -193,7 +215,7 @@ class FlashAttention4Operator(Operator):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        plan: BlockSparsePlan,
+        plan: SparsePlan,
         scale: float | None,
         return_lse: bool,
     ) -> AttentionOutput:
@@ -201,7 +223,7 @@ class FlashAttention4Operator(Operator):
         sparsity = importlib.import_module("flash_attn.cute.block_sparsity")
         interface = importlib.import_module("flash_attn.cute.interface")
         batch, _, heads, _ = query.shape
-        partial, full = plan.block_lists
+        partial, full = _exact(plan).block_lists
         lists = [x.expand(batch, heads, *x.shape[2:]).contiguous() for x in (*partial, *full)]
         out, lse = interface.flash_attn_func(
             query,
@@ -229,15 +251,22 @@ class TorchOperator(Operator):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        plan: BlockSparsePlan,
+        plan: SparsePlan,
         scale: float | None,
         return_lse: bool,
     ) -> AttentionOutput:
-        """Run `dit_accel.kernels.gather.gathered_attention`."""
-        from dit_accel.kernels.gather import gathered_attention
-
+        """Run `gathered_attention`, or `gathered_joint_attention`, of `dit_accel.kernels`."""
         q, k, v = (_text_last(x, plan) for x in (query, key, value))
-        out, lse = gathered_attention(q, k, v, plan.key_rows, scale=scale, return_lse=return_lse)
+        if isinstance(plan, JointPlan):
+            from dit_accel.kernels.joint_gather import gathered_joint_attention
+
+            options = _joint(plan, query, key, value, scale)
+            out, lse = gathered_joint_attention(q, k, v, **options, return_lse=return_lse)
+        else:
+            from dit_accel.kernels.gather import gathered_attention
+
+            table = plan.key_rows
+            out, lse = gathered_attention(q, k, v, table, scale=scale, return_lse=return_lse)
         out = _text_back(out, plan, dim=1)
         return out, None if lse is None else _text_back(lse, plan, dim=2)
 
@@ -269,7 +298,7 @@ class Choice:
 
 
 def choose_operator(
-    backend: str, operators: Mapping[str, Operator], plan: BlockSparsePlan, query: Tensor
+    backend: str, operators: Mapping[str, Operator], plan: SparsePlan, query: Tensor
 ) -> Choice:
     """Pick the operator named ``backend``, or for "auto" the fastest that can run.
 
@@ -294,7 +323,47 @@ def choose_operator(
     raise OperatorUnavailableError(f"no operator can run this call: {rejected}")
 
 
-def _text_last(tokens: Tensor, plan: BlockSparsePlan) -> Tensor:
+def _smallest_block(plan: SparsePlan) -> int:
+    if isinstance(plan, JointPlan):
+        return min(plan.query_block, plan.key_block)
+    return int(plan.video_mask.BLOCK_SIZE[0])
+
+
+def _exact(plan: SparsePlan) -> BlockSparsePlan:
+    """Return ``plan``, which `why_not` found to hold no pooled blocks."""
+    if isinstance(plan, JointPlan):
+        raise OperatorUnavailableError(f"this operator can't run the plan: {POOLED}.")
+    return plan
+
+
+def _joint(
+    plan: JointPlan, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+) -> dict[str, Any]:
+    """The arguments that the joint kernels have in common."""
+    statistics = plan.statistics
+    if statistics is None:
+        # A static pattern's plan serves many calls: what their keys and values are is new in each.
+        layout = plan.layout
+        start = layout.text_length if layout.text_first else 0
+        q, k, v = (x[:, start : start + layout.video_length] for x in (query, key, value))
+        statistics = block_statistics(
+            q, k, v, query_block=plan.query_block, key_block=plan.key_block
+        )
+    return {
+        "levels": plan.levels,
+        "query_block": plan.query_block,
+        "key_block": plan.key_block,
+        "text_length": plan.layout.text_length,
+        "statistics": statistics,
+        "remainder": plan.remainder,
+        "first_order": plan.first_order,
+        "row_factor": plan.row_factor,
+        "added": plan.added,
+        "scale": scale,
+    }
+
+
+def _text_last(tokens: Tensor, plan: SparsePlan) -> Tensor:
     """Move text rows of ``[B, N, H, D]`` behind the video rows, where they are not yet."""
     layout = plan.layout
     if not (layout.text_first and layout.text_length):
@@ -302,7 +371,7 @@ def _text_last(tokens: Tensor, plan: BlockSparsePlan) -> Tensor:
     return torch.cat([tokens[:, layout.text_length :], tokens[:, : layout.text_length]], 1)
 
 
-def _text_back(tokens: Tensor, plan: BlockSparsePlan, dim: int) -> Tensor:
+def _text_back(tokens: Tensor, plan: SparsePlan, dim: int) -> Tensor:
     """Undo `_text_last` along ``dim``."""
     layout = plan.layout
     if not (layout.text_first and layout.text_length):

@@ -14,10 +14,13 @@ from torch import Tensor
 from dit_accel.call import TokenLayout
 from dit_accel.grid import RASTER, TokenOrder
 from dit_accel.kernels.gather import QueryRows, gather_rows
+from dit_accel.kernels.joint_reference import LEVELS
 from dit_accel.kernels.tiles import TileLists, listed_blocks, tile_lists_from_block_mask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+    from dit_accel.kernels.statistics import BlockStatistics
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 """States of a pair of blocks: no pair of tokens is allowed, some are, all are."""
@@ -104,7 +107,74 @@ class BlockSparsePlan:
         return (video_pairs + total * total - video * video) / (total * total)
 
 
-AttentionPlan = DensePlan | BlockSparsePlan
+@dataclass(frozen=True, eq=False)
+class JointPlan:
+    """Exact blocks, pooled blocks and stand-ins under one softmax, chosen anew for every call.
+
+    `dit_accel.kernels.joint_reference.joint_attention` says what is computed.
+
+    Attributes:
+        layout: the call's tokens; text keys are exact for all, text queries see everything.
+        order: the order of the video tokens that block indices refer to.
+        levels: int8 ``[B|1, H|1, Q, K]``: 1 exact, 2, 4 or 8 keys to a mean, 0 not listed.
+        query_block: video tokens per query block.
+        key_block: video tokens per key block.
+        statistics: of the blocks; must hold what the levels and the remainder need. None if the
+            levels are 0 and 1 alone and follow from the layout: operators then make them.
+        remainder: whether a block of level 0 stands there as its centroid, or is dropped.
+        first_order: whether PISA's first-order term is added for the remainder.
+        row_factor: ``[B, H, Q]`` on the outputs of a query block, or None.
+        added: ``[B, H, Q, D]`` added to them after that, or None.
+    """
+
+    layout: TokenLayout
+    order: TokenOrder
+    levels: Tensor
+    query_block: int
+    key_block: int
+    statistics: BlockStatistics | None = None
+    remainder: bool = False
+    first_order: bool = False
+    row_factor: Tensor | None = None
+    added: Tensor | None = None
+
+    @cached_property
+    def computed_share(self) -> Tensor:
+        """`density` as a 0-d tensor on the device, so that nobody waits for it."""
+        video, text = self.layout.video_length, self.layout.text_length
+        device = self.levels.device
+        queries = block_lengths(video, self.query_block, device)
+        keys = block_lengths(video, self.key_block, device)
+        cost = torch.full_like(keys, float(self.remainder))
+        costs = cost.expand(self.levels.shape)
+        for level in LEVELS:
+            costs = torch.where(self.levels == level, (keys / level).ceil(), costs)
+        pairs = (costs.sum(-1) * queries).sum(-1).mean()
+        return (pairs + 2 * video * text + text * text) / (video + text) ** 2
+
+    @property
+    def density(self) -> float:
+        """Share of all (query, key) pairs computed, text included; a pooled key counts as one."""
+        return float(self.computed_share)
+
+    block_density = density
+
+
+@dataclass(frozen=True, eq=False)
+class PastJointPlan:
+    """What a report keeps of a `JointPlan`, whose tensors are as large as the attention's own."""
+
+    computed_share: Tensor
+
+    @property
+    def density(self) -> float:
+        """See `JointPlan.density`."""
+        return float(self.computed_share)
+
+    block_density = density
+
+
+AttentionPlan = DensePlan | BlockSparsePlan | JointPlan
 
 
 def block_mask_from_states(
@@ -171,6 +241,12 @@ def visited_pairs(visited: Tensor, block_size: int, num_tokens: int) -> float:
     sizes = torch.full((len(visited),), block_size, dtype=torch.float64, device=visited.device)
     sizes[-1] = num_tokens - block_size * (len(visited) - 1)
     return float(sizes @ visited.double() @ sizes)
+
+
+def block_lengths(num_tokens: int, block: int, device: torch.device | str) -> Tensor:
+    """Float64 ``[ceil(num_tokens / block)]``: tokens in each block; the last may have fewer."""
+    first = torch.arange(0, num_tokens, block, device=device, dtype=torch.float64)
+    return (num_tokens - first).clamp(max=block)
 
 
 def _ascending_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:

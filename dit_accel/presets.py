@@ -19,7 +19,7 @@ class Preset:
     source: str
     options: Mapping[str, Any] = field(default_factory=dict)
     dense_steps: float | tuple[float, float] = 0.25
-    dense_layers: int = 0
+    dense_layers: int | tuple[int, ...] = 0
     min_tokens: int = 2048
 
 
@@ -64,6 +64,96 @@ PRESETS: Mapping[tuple[str, str], Preset] = MappingProxyType(
             {"window": (1.0, 80 / 256, 80 / 256), "stride": (1, 16 / 80, 16 / 80)},
             dense_steps=9 / 28,
         ),
+        ("wan", "psa"): Preset(
+            "PSA, released Wan2.1-14B script: 15 of 50 steps",
+            {"ends": (0.4, 0.5, 0.6, 0.8)},
+            dense_steps=0.3,
+        ),
+        ("wan2.1-1.3b", "psa"): Preset(
+            "PSA, released Wan2.1-1.3B script, balanced: 15 of 50 steps",
+            {"ends": (0.5, 0.6, 0.7, 0.8), "similarity": (0.7, 0.65, 0.6)},
+            dense_steps=0.3,
+        ),
+        ("wan2.2", "psa"): Preset(
+            "PSA, released Wan2.2-A14B script: 12 of 40 steps",
+            {"ends": (0.5, 0.6, 0.6, 0.8), "key_block": 32},
+            dense_steps=0.3,
+        ),
+        ("wan2.2-5b", "psa"): Preset(
+            "PSA, released Wan2.2-5B script: 15 of 50 steps",
+            {"ends": (0.6, 0.7, 0.7, 0.8), "key_block": 32},
+            dense_steps=0.3,
+        ),
+        ("wan", "rectified"): Preset(
+            "Rectified SpaAttn, released Wan2.1-T2V-14B script: 5 of 50 steps, 2 layers",
+            {"drop": 0.75, "cumulative": 0.3},
+            dense_steps=0.1,
+            dense_layers=2,
+        ),
+        ("wan2.1-14b-i2v", "rectified"): Preset(
+            "Rectified SpaAttn, released Wan2.1-I2V-14B script: 2 layers",
+            {"drop": 0.75, "cumulative": 0.3},
+            dense_steps=0.0,
+            dense_layers=2,
+        ),
+        ("wan2.2-5b", "rectified"): Preset(
+            "Rectified SpaAttn, released Wan2.2-TI2V-5B script: 5 of 50 steps, 2 layers",
+            {"drop": 0.75, "cumulative": 0.3},
+            dense_steps=0.1,
+            dense_layers=2,
+        ),
+        ("wan2.2", "rectified"): Preset(
+            "Rectified SpaAttn, released Wan2.2-T2V-A14B script: 3 of 40 steps, 2 layers",
+            {"drop": 0.85, "cumulative": 0.3},
+            dense_steps=0.075,
+            dense_layers=2,
+        ),
+        ("wan2.2-a14b-i2v", "rectified"): Preset(
+            "Rectified SpaAttn, released Wan2.2-I2V-A14B script: 2 layers",
+            {"drop": 0.85, "cumulative": 0.3},
+            dense_steps=0.0,
+            dense_layers=2,
+        ),
+        ("hunyuan_video", "rectified"): Preset(
+            "Rectified SpaAttn, released HunyuanVideo script: nothing dense",
+            {"drop": 0.8, "cumulative": 0.3},
+            dense_steps=0.0,
+        ),
+        ("flux", "rectified"): Preset(
+            "Rectified SpaAttn, released FLUX.1-dev 4K script: the last 20 of 57 layers",
+            {"drop": 0.9, "cumulative": 0.3},
+            dense_steps=0.0,
+            dense_layers=tuple(range(37, 57)),
+        ),
+        ("wan", "pisa"): Preset(
+            "PISA paper, Wan2.1-14B: 10 of 50 steps, 1 layer",
+            {"density": 0.125},
+            dense_steps=0.2,
+            dense_layers=1,
+        ),
+        ("wan2.1-1.3b", "pisa"): Preset(
+            "PISA paper, Wan2.1-1.3B: 15 of 50 steps, 1 layer",
+            {"density": 0.125},
+            dense_steps=0.3,
+            dense_layers=1,
+        ),
+        ("hunyuan_video", "pisa"): Preset(
+            "PISA paper, HunyuanVideo: 10 of 50 steps, 1 layer",
+            {"density": 0.125},
+            dense_steps=0.2,
+            dense_layers=1,
+        ),
+        ("flux", "pisa"): Preset(
+            "PISA, released FLUX.1-dev script: 4 layers",
+            {"density": 0.15},
+            dense_steps=0.0,
+            dense_layers=4,
+        ),
+        ("sd3", "pisa"): Preset(
+            "PISA paper, SD3.5 medium at 1024 x 1024: 70 % left out",
+            {"density": 0.3},
+            dense_steps=0.0,
+        ),
     }
 )
 
@@ -72,14 +162,18 @@ AUTO_ORDER = ("radial", "gna")
 """Methods that ``method="auto"`` may take, the one with the best published quality first."""
 
 
-def auto_method(variant: str) -> tuple[str, str]:
-    """Return the method that has a published setting for this family variant, and why."""
+def auto_method(*variants: str) -> tuple[str, str]:
+    """Return the method that has a published setting for one of these variants, and why."""
     for method in AUTO_ORDER:
+        preset = preset_for(*variants, method=method)
+        if preset is not DEFAULT:
+            return method, f"it has a published setting here ({preset.source})"
+    return "dense", f"no method has a published setting for {variants[0]!r}; name one to use it"
+
+
+def preset_for(*variants: str, method: str) -> Preset:
+    """Return the preset of ``method`` on the first of these variants that has one, or `DEFAULT`."""
+    for variant in variants:
         if (variant, method) in PRESETS:
-            return method, f"it has a published setting here ({PRESETS[variant, method].source})"
-    return "dense", f"no method has a published setting for {variant!r}; name one to use it"
-
-
-def preset_for(variant: str, method: str) -> Preset:
-    """Return the preset of ``method`` on the family variant ``variant``, or `DEFAULT`."""
-    return PRESETS.get((variant, method), DEFAULT)
+            return PRESETS[variant, method]
+    return DEFAULT

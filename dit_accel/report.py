@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_accel.plan import AttentionPlan, BlockSparsePlan
+from dit_accel.plan import BlockSparsePlan, DensePlan, PastJointPlan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,19 +30,19 @@ class CallRecord:
     step: int | None
     layer: int
     branch: str
-    plan: AttentionPlan
+    plan: DensePlan | BlockSparsePlan | PastJointPlan
     operator: str
     reason: str = ""
 
     @property
     def density(self) -> float:
         """Share of (query, key) pairs attended, text included; 1 if dense."""
-        return self.plan.density if isinstance(self.plan, BlockSparsePlan) else 1.0
+        return 1.0 if isinstance(self.plan, DensePlan) else self.plan.density
 
     @property
     def block_density(self) -> float:
         """Share of (query, key) pairs computed, whole visited blocks counted; 1 if dense."""
-        return self.plan.block_density if isinstance(self.plan, BlockSparsePlan) else 1.0
+        return 1.0 if isinstance(self.plan, DensePlan) else self.plan.block_density
 
 
 @dataclass

@@ -15,9 +15,10 @@ from dit_accel.compat import dense_attention
 from dit_accel.errors import ContextParallelError
 from dit_accel.grid import RASTER, TokenOrder, check_tokens
 from dit_accel.methods.base import AttentionMethod, StaticMethod
+from dit_accel.methods.selecting import SelectingMethod
 from dit_accel.operators import choose_operator, make_operators
 from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
-from dit_accel.plan import AttentionPlan, DensePlan
+from dit_accel.plan import AttentionPlan, DensePlan, JointPlan, PastJointPlan
 from dit_accel.report import CallRecord, Recorder
 from dit_accel.schedule import Schedule
 from dit_accel.tracking import CallTracker, Moment
@@ -35,6 +36,8 @@ class RunningForward:
     wanted: TokenOrder  # in which the method wants the video tokens
     order: TokenOrder  # in which they are
     started: Any  # time mark
+    transformer: int  # its id
+    sample: int = 0  # of the batch, where samples run one by one
 
 
 class Runtime:
@@ -60,6 +63,7 @@ class Runtime:
         self._running: RunningForward | None = None
         self._methods: dict[TokenLayout, AttentionMethod] = {}
         self._plans: dict[Any, AttentionPlan] = {}
+        self._selections: dict[Any, tuple[int, Tensor]] = {}  # of the running generation, by step
         self._indices: dict[Any, tuple[Tensor, Tensor]] = {}
 
     # ------------------------------------------------------------------ one transformer call
@@ -70,6 +74,8 @@ class Runtime:
         """Prepare one forward of ``transformer``; return the arguments to run it with."""
         inputs = self.family.read_inputs(transformer, kwargs)
         moment = self.tracker.advance(kwargs.get("timestep"))
+        if moment.generation != self.recorder.generation:
+            self._selections.clear()
         self.recorder.begin(moment.generation)
         layout = inputs.layouts[0]
         if parallel and layout.text_length:
@@ -91,6 +97,7 @@ class Runtime:
             wanted,
             order,
             started,
+            id(transformer),
         )
         return inputs.kwargs
 
@@ -163,8 +170,9 @@ class Runtime:
             rows = (slice(i, i + 1), slice(0, layout.num_tokens))
             sample = replace(call, layout=layout)
             out[rows] = self._sample(
-                query[rows], key[rows], value[rows], scale, sample, reason, running
-            )
+                query[rows], key[rows], value[rows], scale, sample, reason,
+                replace(running, sample=i),
+            )  # fmt: skip
         return out
 
     def _method_for(self, layout: TokenLayout) -> AttentionMethod:
@@ -203,7 +211,16 @@ class Runtime:
         call: AttentionCall,
         running: RunningForward,
     ) -> Tensor:
-        plan = self._plan(query, key, value, call, running.method, running.wanted)
+        text_first = call.layout.text_first and call.layout.text_length > 0
+        if text_first and not isinstance(running.method, StaticMethod):
+            # Methods that look at the tokens find the text behind the video.
+            text = call.layout.text_length
+            q, k, v = (torch.cat([x[:, text:], x[:, :text]], 1) for x in (query, key, value))
+            last = replace(call, layout=replace(call.layout, text_first=False))
+            out = self._planned(q, k, v, scale, last, running)
+            video = call.layout.video_length
+            return torch.cat([out[:, video:], out[:, :video]], 1)
+        plan = self._plan(query, key, value, call, running)
         if isinstance(plan, DensePlan):
             return self._dense(query, key, value, None, scale, call, plan.reason)
         choice = choose_operator(self.backend, self._operators, plan, query)
@@ -217,17 +234,40 @@ class Runtime:
         key: Tensor,
         value: Tensor,
         call: AttentionCall,
-        method: AttentionMethod,
-        order: TokenOrder,
+        running: RunningForward,
     ) -> AttentionPlan:
+        method, order = running.method, running.wanted
         if self.density == 1:
             return DensePlan("density=1", order)
+        if isinstance(method, SelectingMethod) and method.refresh_every > 1:
+            return self._reused_plan(query, key, value, call, method, running)
         if not isinstance(method, StaticMethod):
             return method.plan(call, query, key, value, order)
         where = (method, call.layout, order, query.device)
         if where not in self._plans:
             self._plans[where] = method.plan(call, query, key, value, order)
         return self._plans[where]
+
+    def _reused_plan(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: AttentionCall,
+        method: SelectingMethod,
+        running: RunningForward,
+    ) -> AttentionPlan:
+        """Plan by the choice that this layer and branch made a few steps ago, while that serves."""
+        transformer, sample, order = running.transformer, running.sample, running.wanted
+        where = (transformer, sample, call.layer, call.branch, call.layout, order, len(query))
+        made, selection = self._selections.get(where, (None, None))
+        step = call.step
+        if step is None or made is None or not made <= step < made + method.refresh_every:
+            selection, made = None, step
+        plan, selection = method.plan_by(selection, call, query, key, value, order)
+        if made is not None and selection is not None:
+            self._selections[where] = made, selection
+        return plan
 
     def _dense(
         self,
@@ -248,8 +288,9 @@ class Runtime:
     def _record(
         self, call: AttentionCall, plan: AttentionPlan, operator: str, reason: str = ""
     ) -> None:
+        past = PastJointPlan(plan.computed_share) if isinstance(plan, JointPlan) else plan
         self.recorder.calls.append(
-            CallRecord(call.step, call.layer, call.branch, plan, operator, reason)
+            CallRecord(call.step, call.layer, call.branch, past, operator, reason)
         )
 
     def _call_indices(

@@ -33,7 +33,8 @@ def third_party(monkeypatch):
 
 
 def test_built_in_methods_and_families():
-    assert registry.list_methods() == ["dense", "gna", "radial", "sliding_window"]
+    names = ["dense", "gna", "pisa", "psa", "radial", "rectified", "sliding_window"]
+    assert registry.list_methods() == names
     assert registry.list_families() == ["flux", "hunyuan_video", "sd3", "wan"]
 
 
@@ -46,7 +47,7 @@ def test_entry_points_of_other_packages(third_party):
 
 @pytest.mark.parametrize(("variant", "method"), sorted(PRESETS))
 def test_published_settings_are_valid_options(variant, method):
-    preset = preset_for(variant, method)
+    preset = preset_for(variant, method=method)
     assert registry.resolve_method(method, **preset.options).name == method
     assert preset.source
 
@@ -61,7 +62,7 @@ def test_published_settings_are_valid_options(variant, method):
     ids=["hunyuan_video", "wan", "flux"],
 )
 def test_published_gna_windows_come_out_at_the_published_sizes(variant, grid, windows, strides):
-    axes = registry.resolve_method("gna", **preset_for(variant, "gna").options).axes(grid)
+    axes = registry.resolve_method("gna", **preset_for(variant, method="gna").options).axes(grid)
     assert tuple(axis.window for axis in axes) == windows
     assert tuple(axis.stride for axis in axes) == strides
 
@@ -74,7 +75,7 @@ def test_presets_reach_the_method_and_the_schedule():
     assert report.options["decay"] == 0.5  # the user's
     assert report.settings["dense_steps"][0] == 11 / 40
     assert "Wan2.2" in report.settings["preset"]
-    assert preset_for("wan", "sliding_window") is DEFAULT
+    assert preset_for("wan", method="sliding_window") is DEFAULT
 
 
 @pytest.mark.parametrize(
@@ -107,3 +108,26 @@ def test_report_as_json_and_text():
     assert set(content["steps"]) == {"0", "1", "2"}
     assert content["transformer_s"] > 0
     assert "one of the dense first steps" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "width", "extra", "expected"),
+    [
+        ("WanPipeline", 5120, {}, ("wan2.1-14b-t2v", "wan2.1-14b", "wan")),
+        ("WanImageToVideoPipeline", 5120, {}, ("wan2.1-14b-i2v", "wan2.1-14b", "wan")),
+        ("WanPipeline", 1536, {}, ("wan2.1-1.3b-t2v", "wan2.1-1.3b", "wan")),
+        ("WanPipeline", 256, {}, ("wan",)),
+        ("WanPipeline", 5120, {"transformer_2": 1}, ("wan2.2-a14b-t2v", "wan2.2-a14b", "wan2.2")),
+        ("WanPipeline", 3072, {"config": {"expand_timesteps": True}}, ("wan2.2-5b", "wan2.2")),
+    ],
+    ids=["14B", "14B I2V", "1.3B", "any size", "2.2 A14B", "2.2 5B"],
+)
+def test_wan_pipelines_are_told_apart(pipeline, width, extra, expected):
+    config = SimpleNamespace(num_attention_heads=width // 128, attention_head_dim=128)
+    pipe = type(pipeline, (), {"transformer": SimpleNamespace(config=config), **extra})()
+    assert registry.family_class("wan")().variants(pipe) == expected
+
+
+def test_settings_of_the_most_specific_variant_win():
+    radial = preset_for("wan2.2-a14b-t2v", "wan2.2-a14b", "wan2.2", method="radial")
+    assert radial is PRESETS["wan2.2", "radial"]

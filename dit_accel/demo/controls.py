@@ -77,7 +77,7 @@ def option_controls(method: str) -> Controls:
     boxes = {
         option.name: _option_control(option.name, hints[option.name], option.default)
         for option in fields(cls)
-        if option.init
+        if option.init and option.name not in GENERAL  # the density has a slider of its own
     }
     for name in GENERAL:
         if name != "density":

@@ -66,6 +66,8 @@ def joint_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend to every key block at the level asked for, under one softmax.
 
+    Long for its arguments alone: the maths is some thirty lines.
+
     A pooled key that stands for c tokens weighs ``c * exp(q . mean k)`` and brings the mean of
     their values (PSA, section 3.2: a bias of ``log c``).
 

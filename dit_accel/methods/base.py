@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from dit_accel.plan import (
     AttentionPlan,
     BlockSparsePlan,
     DensePlan,
+    JointPlan,
     TokenPredicate,
+    block_lengths,
     block_mask_from_states,
     dense_block_states,
     visited_pairs,
@@ -73,12 +75,20 @@ class StaticMethod(AttentionMethod):
     """A method whose pattern follows from the token layout alone."""
 
     block_size: int = field(default=128, kw_only=True)  # tokens per block of the lists
+    remainder: Literal["none", "pooled"] = field(default="none", kw_only=True)
+    """What stands for the blocks left out: nothing, or one key each, the mean of its tokens.
+
+    "pooled" is PISA's zeroth order (arXiv 2602.01077) put under a static pattern; blocks that the
+    pattern keeps in part are then kept whole.
+    """
 
     def __post_init__(self) -> None:
-        """Check the block size."""
+        """Check the options that all static methods have."""
         size = self.block_size
         if not isinstance(size, int) or size < 1 or size & (size - 1):
             raise OptionError(f"block_size={size!r} must be a power of two.")
+        if self.remainder not in ("none", "pooled"):
+            raise OptionError(f"remainder={self.remainder!r} must be 'none' or 'pooled'.")
 
     @abstractmethod
     def allowed(self, layout: TokenLayout, device: torch.device | str = "cpu") -> TokenPredicate:
@@ -115,6 +125,10 @@ class StaticMethod(AttentionMethod):
         plan = self.plan_block_sparse(layout, order, device)
         if bool((dense_block_states(plan.video_mask) == FULL).all()):
             return DensePlan(f"{self.name} keeps every pair on grid {layout.grid}", order)
+        if self.remainder == "pooled":
+            kept = (dense_block_states(plan.video_mask) != EMPTY).to(torch.int8)
+            size = self.block_size
+            return JointPlan(layout, order, kept, size, size, remainder=True)
         return plan
 
     def plan_block_sparse(
@@ -134,11 +148,14 @@ class StaticMethod(AttentionMethod):
     def block_density(self, layout: TokenLayout, order: TokenOrder | None = None) -> float:
         """Share of all pairs, text included, that lie in visited blocks; cheap to ask.
 
-        The same number as `BlockSparsePlan.block_density` of the plan in that order.
+        The same number as ``block_density`` of the plan in that order.
         """
         states = self.tile_states(layout, order or self.token_order(layout.grid))
         video, total = layout.video_length, layout.num_tokens
         pairs = visited_pairs(states != EMPTY, self.block_size, video)
+        if self.remainder == "pooled":
+            rows = block_lengths(video, self.block_size, states.device)
+            pairs += float(rows @ (states == EMPTY).double().sum(-1))
         return (pairs + total**2 - video**2) / total**2
 
 

@@ -49,7 +49,7 @@ class SlidingWindow(StaticMethod):
     def as_gna(self) -> GNA:
         """Return the same pattern as `GNA`."""
         h, w = self.window if isinstance(self.window, tuple) else (self.window,) * 2
-        return GNA(window=(1.0, h, w), block_size=self.block_size)
+        return GNA((1.0, h, w), block_size=self.block_size, remainder=self.remainder)
 
     def allowed(self, layout: TokenLayout, device: torch.device | str = "cpu") -> TokenPredicate:
         """Return the pattern's definition; see `StaticMethod.allowed`."""

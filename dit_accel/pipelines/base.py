@@ -71,9 +71,9 @@ class PipelineFamily(ABC):
     """The diffusers pipelines, for the documentation."""
     components: ClassVar[tuple[str, ...]] = ("transformer",)
 
-    def variant(self, pipe: Any) -> str:
-        """Return the name under which published settings of this pipeline are looked up."""
-        return self.name
+    def variants(self, pipe: Any) -> tuple[str, ...]:
+        """Return the names under which published settings are looked up, most specific first."""
+        return (self.name,)
 
     @abstractmethod
     def attention_layers(self, transformer: Any) -> list[Any]:

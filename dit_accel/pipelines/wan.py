@@ -33,11 +33,19 @@ class Wan(PipelineFamily):
     pipelines: ClassVar[str] = "WanPipeline, WanImageToVideoPipeline, WanVACEPipeline (2.1, 2.2)"
     components: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
 
-    def variant(self, pipe: Any) -> str:
-        """Return "wan2.2" for its two-expert and 5B pipelines, else "wan"."""
-        config = getattr(pipe, "config", {})
-        newer = getattr(pipe, "transformer_2", None) is not None
-        return "wan2.2" if newer or config.get("expand_timesteps") else "wan"
+    def variants(self, pipe: Any) -> tuple[str, ...]:
+        """Return names such as "wan2.1-14b-i2v", "wan2.1-14b" and "wan"; 2.2 has its own."""
+        if getattr(pipe, "config", {}).get("expand_timesteps"):
+            return "wan2.2-5b", "wan2.2"
+        task = "i2v" if "ImageToVideo" in type(pipe).__name__ else "t2v"
+        if getattr(pipe, "transformer_2", None) is not None:
+            return f"wan2.2-a14b-{task}", "wan2.2-a14b", "wan2.2"
+        config = pipe.transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        size = {1536: "1.3b", 5120: "14b"}.get(width)
+        if size is None:
+            return ("wan",)
+        return f"wan2.1-{size}-{task}", f"wan2.1-{size}", "wan"
 
     def attention_layers(self, transformer: Any) -> list[Any]:
         """Return every block's ``attn1``, VACE's control blocks last."""

@@ -10,8 +10,11 @@ import torch
 from tiny_pipelines import TINY_PIPELINES, run_tiny
 
 from dit_accel import accelerate_pipeline, acceleration_report, method_class, restore_pipeline
+from dit_accel.grid import RASTER
 from dit_accel.methods.base import StaticMethod
+from dit_accel.methods.selecting import SelectingMethod
 from dit_accel.registry import list_methods, resolve_method
+from dit_accel.runtime import Runtime
 
 EVERYWHERE: dict[str, Any] = {"dense_steps": 0, "dense_layers": 0, "min_tokens": 0}
 # Options that leave something out on grids of 250 tokens.
@@ -19,6 +22,9 @@ SPARSE_OPTIONS: dict[str, dict[str, Any]] = {
     "radial": {"decay": 0.02, "block_size": 16, "sink": False},
     "gna": {"window": (1.0, 0.4, 0.4), "block_size": 16},
     "sliding_window": {"window": (0.4, 0.4), "block_size": 16},
+    "psa": {"query_block": 16, "key_block": 16},
+    "rectified": {"block_size": 16},
+    "pisa": {"block_size": 16},
 }
 SPARSE = [name for name in list_methods() if name != "dense"]
 
@@ -46,6 +52,63 @@ def test_it_computes_what_the_method_defines(subject, masked, method):
     if method == "radial" and grid_is_an_image:
         return  # one frame is its own neighbourhood: Radial keeps all of it
     assert not torch.allclose(out, subject.dense, atol=1e-4), "nothing was left out"
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_it_computes_what_the_reference_does(subject, method, monkeypatch, request):
+    """Order, blocks and text placement of methods that look at the tokens."""
+    if request.node.callspec.params["subject"] == "flux_kontext":
+        pytest.skip("its reference image has to be reordered, which is switched off below")
+    chosen = resolve_method(method, **SPARSE_OPTIONS.get(method, {}))
+    if not isinstance(chosen, SelectingMethod):
+        pytest.skip("the token mask is the reference")
+    accelerate_pipeline(subject.pipe, chosen, **EVERYWHERE)
+    out = subject.run()
+    assert acceleration_report(subject.pipe).density < 1
+
+    def literal(self, query, key, value, scale, call, reason, running):
+        layout, text = call.layout, call.layout.text_length if call.layout.text_first else 0
+        rows = [torch.cat([x[:, text:], x[:, :text]], 1) for x in (query, key, value)]
+        text_last = layout.text_length
+        got = chosen.reference(*rows, grid=layout.grid, text_length=text_last)
+        video = layout.video_length
+        return torch.cat([got[:, video:], got[:, :video]], 1) if text else got
+
+    monkeypatch.setattr(Runtime, "_reorder", lambda *args: RASTER)
+    monkeypatch.setattr(Runtime, "_sample", literal)
+    torch.testing.assert_close(out, subject.run(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["radial", "gna"])
+def test_pooled_remainder_is_nearer_to_dense(subject, method):
+    def distance(**options: Any) -> float:
+        options = {**SPARSE_OPTIONS[method], **options}
+        accelerate_pipeline(subject.pipe, method, **options, **EVERYWHERE)
+        return float((subject.run() - subject.dense).norm())
+
+    without = distance()
+    if acceleration_report(subject.pipe).density == 1:
+        pytest.skip("one frame is its own neighbourhood: nothing is left out")
+    assert distance(remainder="pooled") < without
+
+
+@pytest.mark.parametrize("method", ["psa", "rectified", "pisa"])
+def test_a_plan_serves_as_many_steps_as_asked_for(subject, method, monkeypatch):
+    options = SPARSE_OPTIONS[method]
+    choices = []
+    choose = method_class(method).choose
+    monkeypatch.setattr(
+        method_class(method), "choose", lambda *args: choices.append(1) or choose(*args)
+    )
+    counts = {}
+    for every in (1, 2, 100):
+        choices.clear()
+        accelerate_pipeline(subject.pipe, method, refresh_every=every, **options, **EVERYWHERE)
+        subject.run()
+        counts[every] = len(choices)
+    assert counts[1] == len(acceleration_report(subject.pipe).calls)
+    assert counts[100] <= counts[2] <= counts[1]
+    assert counts[100] < counts[1]
 
 
 @pytest.mark.parametrize("method", SPARSE)
