@@ -341,7 +341,7 @@ def _joint(
 ) -> dict[str, Any]:
     """The arguments that the joint kernels have in common."""
     statistics = plan.statistics
-    if statistics is None:
+    if statistics is None and plan.remainder:
         # A static pattern's plan serves many calls: what their keys and values are is new in each.
         layout = plan.layout
         start = layout.text_length if layout.text_first else 0

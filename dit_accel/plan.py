@@ -120,7 +120,7 @@ class JointPlan:
         query_block: video tokens per query block.
         key_block: video tokens per key block.
         statistics: of the blocks; must hold what the levels and the remainder need. None if the
-            levels are 0 and 1 alone and follow from the layout: operators then make them.
+            levels are 0 and 1 alone: operators then make what a remainder needs.
         remainder: whether a block of level 0 stands there as its centroid, or is dropped.
         first_order: whether PISA's first-order term is added for the remainder.
         row_factor: ``[B, H, Q]`` on the outputs of a query block, or None.

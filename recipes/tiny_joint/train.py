@@ -113,13 +113,14 @@ class Run:
     def encode_scenes(self) -> None:
         """Stage `latents`."""
         vae = self.model.load_autoencoder(self.work / "vae").to(self.device)
+        draw = self.model.world.make_renderer(compiled=self.device == "cuda")
         started = time.monotonic()
         stored = {}
         for i, bucket in enumerate(self.buckets):
             held_out = bucket.encode_batch * VALIDATION_BATCHES
             stored[bucket.name] = {
-                "train": self._encode(vae, bucket, bucket.scenes, 11 + i),
-                "held out": self._encode(vae, bucket, held_out, 1011 + i),
+                "train": self._encode(vae, draw, bucket, bucket.scenes, 11 + i),
+                "held out": self._encode(vae, draw, bucket, held_out, 1011 + i),
             }
             self.log(f"latents: {bucket.scenes} scenes of {bucket.name}")
         torch.save(stored, self.work / "latents.pt")
@@ -129,13 +130,14 @@ class Run:
         )
 
     @torch.no_grad()
-    def _encode(self, vae, bucket: Bucket, count: int, seed: int):
+    def _encode(self, vae, draw: Callable, bucket: Bucket, count: int, seed: int):
         """Normalised latents in bf16, and captions."""
         world, rng, latents, captions = self.model.world, random.Random(seed), [], []
         for _ in range(count // bucket.encode_batch):
             size = (bucket.encode_batch, *bucket.size)
-            scenes, x = autoencoders.drawn(world, self.draw, size, rng, self.device)
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            scenes, x = autoencoders.drawn(world, draw, size, rng, self.device)
+            half = torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+            with half, autoencoders.quick_to_train(vae):
                 z = vae.encode(x).latent_dist.mean.float()
             shift = getattr(vae.config, "shift_factor", None) or 0.0
             latents.append(((z - shift) * vae.config.scaling_factor).bfloat16())
