@@ -108,7 +108,7 @@ def quality() -> str:
         f"{settings['steps']} steps, guidance {settings['guidance']}, "
         f"{data['summary'][0]['prompts']} prompts, {settings['device']['cores']} CPU cores; "
         'bootstrap 95 % intervals; "follows" is the share of prompted attributes that a checker '
-        f"finds (dense in brackets). {source(data)}\n"
+        f"finds (dense in brackets). {data.get('remark', '')} {source(data)}\n"
     )
     columns = ["method", "density asked", "over all calls", "PSNR to dense", "follows", "speed-up"]
     return markdown(columns, rows) + note
