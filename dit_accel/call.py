@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from dit_accel.grid import Grid
 
 
@@ -52,3 +55,17 @@ class AttentionCall:
     step: int | None = None
     num_steps: int | None = None
     branch: str = "cond"
+
+
+def text_last(tokens: Tensor, layout: TokenLayout) -> Tensor:
+    """Move text rows of ``[B, N, H, D]`` behind the video rows, where they are not yet."""
+    if not (layout.text_first and layout.text_length):
+        return tokens
+    return torch.cat([tokens[:, layout.text_length :], tokens[:, : layout.text_length]], 1)
+
+
+def text_back(tokens: Tensor, layout: TokenLayout, dim: int) -> Tensor:
+    """Undo `text_last` along ``dim``."""
+    if not (layout.text_first and layout.text_length):
+        return tokens
+    return torch.cat(tokens.split([layout.video_length, layout.text_length], dim)[::-1], dim)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dit_accel.call import text_back, text_last
 from dit_accel.errors import OperatorUnavailableError, OptionError, did_you_mean
 from dit_accel.kernels.statistics import block_statistics
 from dit_accel.plan import BlockSparsePlan, JointPlan
@@ -168,11 +169,11 @@ class FlexOperator(Operator):
             if "flex" not in self.compiled:
                 self.compiled["flex"] = torch.compile(flex_attention, dynamic=False)
             run = self.compiled["flex"]
-        q, k, v = (_text_last(x, plan).transpose(1, 2) for x in (query, key, value))
+        q, k, v = (text_last(x, plan.layout).transpose(1, 2) for x in (query, key, value))
         result = run(q, k, v, block_mask=plan.block_mask, scale=scale, return_lse=return_lse)
         out, lse = result if return_lse else (result, None)
-        out = _text_back(out.transpose(1, 2), plan, dim=1)
-        return out, None if lse is None else _text_back(lse.float(), plan, dim=2)
+        out = text_back(out.transpose(1, 2), plan.layout, dim=1)
+        return out, None if lse is None else text_back(lse.float(), plan.layout, dim=2)
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ class TorchOperator(Operator):
         return_lse: bool,
     ) -> AttentionOutput:
         """Run `gathered_attention`, or `gathered_joint_attention`, of `dit_accel.kernels`."""
-        q, k, v = (_text_last(x, plan) for x in (query, key, value))
+        q, k, v = (text_last(x, plan.layout) for x in (query, key, value))
         if isinstance(plan, JointPlan):
             from dit_accel.kernels.joint_gather import gathered_joint_attention
 
@@ -267,8 +268,8 @@ class TorchOperator(Operator):
 
             table = plan.key_rows
             out, lse = gathered_attention(q, k, v, table, scale=scale, return_lse=return_lse)
-        out = _text_back(out, plan, dim=1)
-        return out, None if lse is None else _text_back(lse, plan, dim=2)
+        out = text_back(out, plan.layout, dim=1)
+        return out, None if lse is None else text_back(lse, plan.layout, dim=2)
 
 
 def make_operators() -> Mapping[str, Operator]:
@@ -361,19 +362,3 @@ def _joint(
         "added": plan.added,
         "scale": scale,
     }
-
-
-def _text_last(tokens: Tensor, plan: SparsePlan) -> Tensor:
-    """Move text rows of ``[B, N, H, D]`` behind the video rows, where they are not yet."""
-    layout = plan.layout
-    if not (layout.text_first and layout.text_length):
-        return tokens
-    return torch.cat([tokens[:, layout.text_length :], tokens[:, : layout.text_length]], 1)
-
-
-def _text_back(tokens: Tensor, plan: SparsePlan, dim: int) -> Tensor:
-    """Undo `_text_last` along ``dim``."""
-    layout = plan.layout
-    if not (layout.text_first and layout.text_length):
-        return tokens
-    return torch.cat(tokens.split([layout.video_length, layout.text_length], dim)[::-1], dim)

@@ -15,7 +15,12 @@ from dit_accel.call import TokenLayout
 from dit_accel.grid import RASTER, TokenOrder
 from dit_accel.kernels.gather import QueryRows, gather_rows
 from dit_accel.kernels.joint_reference import LEVELS
-from dit_accel.kernels.tiles import TileLists, listed_blocks, tile_lists_from_block_mask
+from dit_accel.kernels.tiles import (
+    TileLists,
+    listed_blocks,
+    tile_lengths,
+    tile_lists_from_block_mask,
+)
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -143,8 +148,8 @@ class JointPlan:
         """`density` as a 0-d tensor on the device, so that nobody waits for it."""
         video, text = self.layout.video_length, self.layout.text_length
         device = self.levels.device
-        queries = block_lengths(video, self.query_block, device)
-        keys = block_lengths(video, self.key_block, device)
+        queries = tile_lengths(video, self.query_block, device).double()
+        keys = tile_lengths(video, self.key_block, device).double()
         cost = torch.full_like(keys, float(self.remainder))
         costs = cost.expand(self.levels.shape)
         for level in LEVELS:
@@ -241,12 +246,6 @@ def visited_pairs(visited: Tensor, block_size: int, num_tokens: int) -> float:
     sizes = torch.full((len(visited),), block_size, dtype=torch.float64, device=visited.device)
     sizes[-1] = num_tokens - block_size * (len(visited) - 1)
     return float(sizes @ visited.double() @ sizes)
-
-
-def block_lengths(num_tokens: int, block: int, device: torch.device | str) -> Tensor:
-    """Float64 ``[ceil(num_tokens / block)]``: tokens in each block; the last may have fewer."""
-    first = torch.arange(0, num_tokens, block, device=device, dtype=torch.float64)
-    return (num_tokens - first).clamp(max=block)
 
 
 def _ascending_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.call import AttentionCall, TokenLayout
+from dit_accel.call import AttentionCall, TokenLayout, text_back, text_last
 from dit_accel.compat import dense_attention
 from dit_accel.errors import ContextParallelError
 from dit_accel.grid import RASTER, TokenOrder, check_tokens
@@ -211,15 +211,16 @@ class Runtime:
         call: AttentionCall,
         running: RunningForward,
     ) -> Tensor:
-        text_first = call.layout.text_first and call.layout.text_length > 0
-        if text_first and not isinstance(running.method, StaticMethod):
+        layout = call.layout
+        if (
+            layout.text_first
+            and layout.text_length
+            and not isinstance(running.method, StaticMethod)
+        ):
             # Methods that look at the tokens find the text behind the video.
-            text = call.layout.text_length
-            q, k, v = (torch.cat([x[:, text:], x[:, :text]], 1) for x in (query, key, value))
-            last = replace(call, layout=replace(call.layout, text_first=False))
-            out = self._planned(q, k, v, scale, last, running)
-            video = call.layout.video_length
-            return torch.cat([out[:, video:], out[:, :video]], 1)
+            q, k, v = (text_last(x, layout) for x in (query, key, value))
+            last = replace(call, layout=replace(layout, text_first=False))
+            return text_back(self._planned(q, k, v, scale, last, running), layout, dim=1)
         plan = self._plan(query, key, value, call, running)
         if isinstance(plan, DensePlan):
             return self._dense(query, key, value, None, scale, call, plan.reason)

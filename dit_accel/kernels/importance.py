@@ -1,4 +1,4 @@
-"""Importance of key blocks by attention between sampled tokens (PSA, section 3.3)."""
+"""Importance of key blocks by attention between sampled tokens (PSA)."""
 
 from __future__ import annotations
 

@@ -344,7 +344,7 @@ def joint_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend to every key block at the level asked for, under one softmax; inference only.
 
-    What `joint_reference.joint_attention` computes (PSA, section 3.2; PISA's zeroth and first
+    What `joint_reference.joint_attention` computes (PSA's levels; PISA's zeroth and first
     order; Rectified SpaAttn's rescaled output). Nothing is synchronised, and nothing copied but
     the centroids, which are rounded to the dtype of the keys.
 

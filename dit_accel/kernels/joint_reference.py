@@ -43,7 +43,7 @@ def pool(tokens: Tensor, block: int, group: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def first_order_moment(key: Tensor, value: Tensor, block: int) -> Tensor:
-    """Sum over all blocks of ``sum_n (k_n - mean k)^T v_n``, ``[B, H, D, D]`` (PISA, eq. of H)."""
+    """Sum over all blocks of ``sum_n (k_n - mean k)^T v_n``, ``[B, H, D, D]`` (PISA's H)."""
     means, _, _ = pool(key, block, block)
     of_token = torch.arange(key.shape[1], device=key.device) // block
     return torch.einsum("bnhd,bnhe->bhde", key - means[:, of_token], value)
@@ -69,7 +69,7 @@ def joint_attention(
     Long for its arguments alone: the maths is some thirty lines.
 
     A pooled key that stands for c tokens weighs ``c * exp(q . mean k)`` and brings the mean of
-    their values (PSA, section 3.2: a bias of ``log c``).
+    their values (PSA: a bias of ``log c``).
 
     Args:
         query: ``[B, N, H, D]``: V video rows, then ``text_length`` text rows; any float dtype.

@@ -109,7 +109,7 @@ def assign_levels(
     """Give each block the finest level whose end its place in the ranking does not pass (PSA).
 
     Place is the sum of the weights up to and with the block, as a share of its row ("threshold",
-    PSA section 3.3; without the published code's extra block per level, floor and alignment), or
+    PSA; without the published code's extra block per level, floor and alignment), or
     its rank as a share of K, rounded down to whole blocks ("top_k").
 
     Args:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dit_accel.errors import GridMismatchError, OptionError
 from dit_accel.kernels.backend import Backend, use_triton
+from dit_accel.kernels.tiles import tile_lengths
 
 OPTIONAL = frozenset(
     {"query_deviation", "key_deviation", "similarity", "moment", "moment_norm", "key_variance"}
@@ -163,12 +164,6 @@ def _statistics(
     )
 
 
-def block_counts(video: int, block: int, device: torch.device) -> Tensor:
-    """Int32 ``[ceil(video / block)]``: the tokens in each block; only the last may hold fewer."""
-    first = torch.arange(0, video, block, device=device)
-    return (video - first).clamp(max=block).int()
-
-
 def _check(
     query: Tensor,
     key: Tensor,
@@ -202,7 +197,7 @@ def _blocks(tokens: Tensor, block: int) -> tuple[Tensor, Tensor]:
     video = tokens.shape[1]
     exact = tokens.transpose(1, 2).to(torch.promote_types(tokens.dtype, torch.float32))
     padded = F.pad(exact, (0, 0, 0, -video % block))
-    return padded.unflatten(2, (-1, block)), block_counts(video, block, tokens.device)
+    return padded.unflatten(2, (-1, block)), tile_lengths(video, block, tokens.device).int()
 
 
 def _mean(blocks: Tensor, counts: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels import block_sparse
-from dit_accel.kernels.statistics import BlockStatistics, block_counts
+from dit_accel.kernels.statistics import BlockStatistics
+from dit_accel.kernels.tiles import tile_lengths
 
 BLOCKS = (16, 32, 64, 128)
 LEVELS = (2, 4, 8)
@@ -304,8 +305,8 @@ def fused_block_statistics(
         query_mean,
         key_mean,
         value_mean,
-        block_counts(video, query_block, query.device),
-        block_counts(video, key_block, query.device),
+        tile_lengths(video, query_block, query.device).int(),
+        tile_lengths(video, key_block, query.device).int(),
         query_deviation,
         key_deviation,
         similarity,

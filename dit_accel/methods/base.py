@@ -14,6 +14,7 @@ from typing_extensions import Self
 from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.errors import DensityUnreachableError, OptionError
 from dit_accel.grid import RASTER, Grid, TokenOrder
+from dit_accel.kernels.tiles import tile_lengths
 from dit_accel.plan import (
     EMPTY,
     FULL,
@@ -22,7 +23,6 @@ from dit_accel.plan import (
     DensePlan,
     JointPlan,
     TokenPredicate,
-    block_lengths,
     block_mask_from_states,
     dense_block_states,
     visited_pairs,
@@ -154,7 +154,7 @@ class StaticMethod(AttentionMethod):
         video, total = layout.video_length, layout.num_tokens
         pairs = visited_pairs(states != EMPTY, self.block_size, video)
         if self.remainder == "pooled":
-            rows = block_lengths(video, self.block_size, states.device)
+            rows = tile_lengths(video, self.block_size, states.device).double()
             pairs += float(rows @ (states == EMPTY).double().sum(-1))
         return (pairs + total**2 - video**2) / total**2
 

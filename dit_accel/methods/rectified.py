@@ -234,7 +234,7 @@ class RectifiedSpaAttn(SelectingMethod):
 
 
 def pooled_shares(statistics: BlockStatistics, text_key: Tensor) -> Tensor:
-    """Share of attention that each block gets from a mean query (IPAR, paper section 3.2).
+    """Share of attention that each block gets from a mean query (IPAR).
 
     Args:
         statistics: of the video tokens.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from dit_accel.world.painting import paint_background, paint_thing
+from dit_accel.world.painting import background_tensors, paint_background, paint_thing
 from dit_accel.world.vocabulary import (
     BACKGROUNDS,
     COLOURS,
@@ -25,7 +25,6 @@ from dit_accel.world.vocabulary import (
     SIZES,
     SYNONYMS,
     TEXTURES,
-    second_tone,
 )
 
 MOTIONS = (
@@ -36,7 +35,6 @@ MOTIONS = (
     "spinning",
 )
 CAMERAS = ("still", *(f"panning {d}" for d in DIRECTIONS), "zooming in", "zooming out")
-CLOUD_WAVES = 6
 
 # What a caption's words say: attributes of a thing, and of the scene, with their values.
 THING_CLASSES = {
@@ -240,18 +238,9 @@ def scene_tensors(scenes: list[Scene], seed: int, slots: int = 3) -> list[Tensor
         texture[i, :k] = torch.tensor([TEXTURES.index(t.texture) for t in scene.things])
         tones[i, :k] = torch.tensor([COLOURS[t.colour] for t in scene.things])
     tones = tones * (1 - 0.06 * torch.rand(n, slots, 1, 1, generator=noise))
-    base = torch.tensor([BACKGROUNDS[s.background] for s in scenes])
-    ground = torch.stack((base, second_tone(base)), 1)
-    ground = ground * (0.94 + 0.12 * torch.rand(n, 1, 1, generator=noise))
-    pattern = torch.tensor([PATTERNS.index(s.pattern) for s in scenes])
-    low = torch.tensor([0.0, 4.0, 2.5, 4.5, 0.0])[pattern]
-    look = torch.rand(n, 3, generator=noise)
-    look = torch.stack(
-        (low * (1 + 0.4 * look[:, 0]), 2 * math.pi * look[:, 1], 0.5 + 0.5 * look[:, 2]), 1
+    ground, pattern, look, waves = background_tensors(
+        [s.background for s in scenes], [s.pattern for s in scenes], noise
     )
-    waves = torch.rand(n, CLOUD_WAVES, 3, generator=noise)
-    way, cycles = 2 * math.pi * waves[..., 0], 2.0 + 5.0 * waves[..., 1]
-    waves = torch.stack((way.cos() * cycles, way.sin() * cycles, waves[..., 2]), -1) * 2 * math.pi
     camera = torch.tensor([_camera(s.camera, rng) for s in scenes])
     return [start, end, shape, texture, tones, ground, pattern, look, waves, camera]
 

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_accel.world.vocabulary import BACKGROUNDS, PATTERNS, second_tone
+
+CLOUD_WAVES = 6
 GRAIN_CELLS, GRAIN_STRENGTH = 128, 0.16  # noise cells along the shorter side, and their strength
 HATCH_CYCLES, HATCH_WIDTH = 13.0, 0.012  # of lines along either side; horizontal width
 
@@ -38,6 +41,30 @@ def outline_distance(shape: Tensor, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     for index, value in ((2, triangle), (3, cross), (4, ring), (5, star)):
         out = torch.where(shape == index, value, out)
     return out
+
+
+def background_tensors(
+    backgrounds: list[str], patterns: list[str], noise: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `paint_background` draws, varied a little by `noise`, one row a scene.
+
+    Returns tones [N, 2, 3], pattern [N], its frequency, phase and angle [N, 3], and cloud waves
+    [N, W, 3].
+    """
+    n = len(backgrounds)
+    base = torch.tensor([BACKGROUNDS[b] for b in backgrounds])
+    ground = torch.stack((base, second_tone(base)), 1)
+    ground = ground * (0.94 + 0.12 * torch.rand(n, 1, 1, generator=noise))
+    pattern = torch.tensor([PATTERNS.index(p) for p in patterns])
+    low = torch.tensor([0.0, 4.0, 2.5, 4.5, 0.0])[pattern]
+    look = torch.rand(n, 3, generator=noise)
+    look = torch.stack(
+        (low * (1 + 0.4 * look[:, 0]), 2 * math.pi * look[:, 1], 0.5 + 0.5 * look[:, 2]), 1
+    )
+    waves = torch.rand(n, CLOUD_WAVES, 3, generator=noise)
+    way, cycles = 2 * math.pi * waves[..., 0], 2.0 + 5.0 * waves[..., 1]
+    waves = torch.stack((way.cos() * cycles, way.sin() * cycles, waves[..., 2]), -1) * 2 * math.pi
+    return ground, pattern, look, waves
 
 
 def paint_background(

@@ -7,7 +7,6 @@ shorter sides, angles in radians; a picture is [C, H, W] in [-1, 1].
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -15,7 +14,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from dit_accel.world.painting import paint_background, paint_outline, paint_style, paint_thing
+from dit_accel.world.painting import (
+    background_tensors,
+    paint_background,
+    paint_outline,
+    paint_style,
+    paint_thing,
+)
 from dit_accel.world.vocabulary import (
     BACKGROUNDS,
     COLOURS,
@@ -24,7 +29,6 @@ from dit_accel.world.vocabulary import (
     SIZES,
     SYNONYMS,
     TEXTURES,
-    second_tone,
 )
 
 STYLES = ("plain", "outlined", "noisy", "hatched", "dark", "pastel")
@@ -72,7 +76,6 @@ SPREADS = (  # where alike things lie, and the scale of their size
     ([(0.5, 0.21), (0.21, 0.5), (0.79, 0.5), (0.5, 0.79)], 0.62),
 )
 MOST_DRAWN = 5  # objects of a scene that `sample_scene` makes
-CLOUD_WAVES = 6
 
 # What a caption's words say: attributes of a thing, and of the scene, with their values.
 THING_CLASSES = {
@@ -325,18 +328,9 @@ def scene_tensors(scenes: list[Scene], seed: int, slots: int = MOST_DRAWN) -> li
         torch.tensor([[entry[i] for entry in row] for row in rows]) for i in range(4)
     )
     tones = tones * (1 - 0.06 * torch.rand(n, slots, 1, 1, generator=noise))
-    base = torch.tensor([BACKGROUNDS[s.background] for s in scenes])
-    ground = torch.stack((base, second_tone(base)), 1)
-    ground = ground * (0.94 + 0.12 * torch.rand(n, 1, 1, generator=noise))
-    pattern = torch.tensor([PATTERNS.index(s.pattern) for s in scenes])
-    low = torch.tensor([0.0, 4.0, 2.5, 4.5, 0.0])[pattern]
-    look = torch.rand(n, 3, generator=noise)
-    look = torch.stack(
-        (low * (1 + 0.4 * look[:, 0]), 2 * math.pi * look[:, 1], 0.5 + 0.5 * look[:, 2]), 1
+    ground, pattern, look, waves = background_tensors(
+        [s.background for s in scenes], [s.pattern for s in scenes], noise
     )
-    waves = torch.rand(n, CLOUD_WAVES, 3, generator=noise)
-    way, cycles = 2 * math.pi * waves[..., 0], 2.0 + 5.0 * waves[..., 1]
-    waves = torch.stack((way.cos() * cycles, way.sin() * cycles, waves[..., 2]), -1) * 2 * math.pi
     style = torch.tensor([STYLES.index(s.style) for s in scenes])
     grain_seed = torch.randint(1 << 30, (n,), generator=noise)
     return [place, shape, texture, tones, ground, pattern, look, waves, style, grain_seed]

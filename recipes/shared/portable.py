@@ -1,9 +1,15 @@
 """Saved pipelines that transformers 4 and 5 load alike."""
 
+import copy
 import json
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+
+
+def save_half(part, folder: Path) -> None:
+    """Save a copy of a part in fp16."""
+    copy.deepcopy(part).cpu().half().save_pretrained(folder)
 
 
 def make_portable(folder: Path) -> None:

@@ -37,6 +37,8 @@ class Model(ABC):
     smoke_autoencoder_sizes: tuple[Size, ...]
     measured_sizes: tuple[Size, ...]  # at which the card states the autoencoder's PSNR
     guidance: tuple[float, float] | None  # range of the embedded guidance; None: not embedded
+    lessons: tuple[tuple[Callable, str, str, float], ...]
+    """How to teach, tokenizer and text encoder by the pipeline's names, and share of the time."""
     defaults: ClassVar[dict[str, Any]]  # dit_accel.json
 
     @abstractmethod
@@ -51,9 +53,11 @@ class Model(ABC):
     def make_text(self) -> dict[str, Any]:
         """Fresh tokenizers and text encoders by the pipeline's names for them."""
 
-    @abstractmethod
     def teach(self, text: dict[str, Any], seconds: float, log: Callable, device: str) -> None:
         """Teach the text encoders, for about `seconds` altogether."""
+        for teach, tokenizer, encoder, share in self.lessons:
+            right = teach(text[tokenizer], text[encoder], self.world, share * seconds, log, device)
+            log(f"text: {encoder} has {100 * right:.1f} % right")
 
     @abstractmethod
     def make_transformer(self, smoke: bool) -> nn.Module:

@@ -32,6 +32,10 @@ class TinyFlux(Model):
     smoke_autoencoder_sizes = ((2, 32, 32), (1, 64, 64))
     measured_sizes = ((16, 256, 256), (4, 512, 512))
     guidance = (1.0, 7.0)
+    lessons = (
+        (text_encoders.teach_clip, "tokenizer", "text_encoder", 0.3),
+        (text_encoders.teach_t5, "tokenizer_2", "text_encoder_2", 0.7),
+    )
     defaults: ClassVar = {
         "steps": 20, "guidance": 3.5, "height": 256, "width": 256, "world": "pictures"
     }  # fmt: skip
@@ -53,16 +57,6 @@ class TinyFlux(Model):
             "tokenizer": tokenizer, "text_encoder": clip,
             "tokenizer_2": tokenizer_2, "text_encoder_2": t5,
         }  # fmt: skip
-
-    def teach(self, text, seconds, log, device):
-        """See `Model`."""
-        parts = (
-            (text_encoders.teach_clip, "tokenizer", "text_encoder", 0.3),
-            (text_encoders.teach_t5, "tokenizer_2", "text_encoder_2", 0.7),
-        )
-        for teach, tokenizer, encoder, share in parts:
-            right = teach(text[tokenizer], text[encoder], self.world, share * seconds, log, device)
-            log(f"text: {encoder} has {100 * right:.1f} % right")
 
     def make_transformer(self, smoke):
         """See `Model`."""

@@ -37,6 +37,10 @@ class TinyHunyuan(Model):
     smoke_autoencoder_sizes = ((2, 9, 32, 32), (1, 5, 64, 64))
     measured_sizes = ((8, 33, 128, 128), (4, 33, 256, 256), (2, 61, 256, 256))
     guidance = (1.0, 7.0)
+    lessons = (
+        (text_encoders.teach_llama, "tokenizer", "text_encoder", 0.75),
+        (text_encoders.teach_clip, "tokenizer_2", "text_encoder_2", 0.25),
+    )
     defaults: ClassVar = {
         "steps": 20, "guidance": 3.5, "frames": 33, "height": 256, "width": 256, "fps": 16,
         "world": "clips",
@@ -59,16 +63,6 @@ class TinyHunyuan(Model):
             "tokenizer": tokenizer, "text_encoder": llama,
             "tokenizer_2": tokenizer_2, "text_encoder_2": clip,
         }  # fmt: skip
-
-    def teach(self, text, seconds, log, device):
-        """See `Model`."""
-        parts = (
-            (text_encoders.teach_llama, "tokenizer", "text_encoder", 0.75),
-            (text_encoders.teach_clip, "tokenizer_2", "text_encoder_2", 0.25),
-        )
-        for teach, tokenizer, encoder, share in parts:
-            right = teach(text[tokenizer], text[encoder], self.world, share * seconds, log, device)
-            log(f"text: {encoder} has {100 * right:.1f} % right")
 
     def make_transformer(self, smoke):
         """See `Model`."""

@@ -27,6 +27,11 @@ class TinySd3(TinyFlux):
         Bucket("512", (512, 512), 4_000, 16, 10, shift=3.0, share=0.4, text_length=256),
     )
     guidance = None
+    lessons = (
+        (text_encoders.teach_clip, "tokenizer", "text_encoder", 0.2),
+        (text_encoders.teach_clip, "tokenizer_2", "text_encoder_2", 0.2),
+        (text_encoders.teach_t5, "tokenizer_3", "text_encoder_3", 0.6),
+    )
     defaults: ClassVar = {
         "steps": 20, "guidance": 4.0, "height": 256, "width": 256, "world": "pictures"
     }  # fmt: skip
@@ -39,17 +44,6 @@ class TinySd3(TinyFlux):
         text["tokenizer_2"], text["text_encoder_2"] = text_encoders.make_clip(words, PROJECTION, 7)
         text["tokenizer_3"], text["text_encoder_3"] = text_encoders.make_t5(words)
         return text
-
-    def teach(self, text, seconds, log, device):
-        """See `Model`."""
-        parts = (
-            (text_encoders.teach_clip, "tokenizer", "text_encoder", 0.2),
-            (text_encoders.teach_clip, "tokenizer_2", "text_encoder_2", 0.2),
-            (text_encoders.teach_t5, "tokenizer_3", "text_encoder_3", 0.6),
-        )
-        for teach, tokenizer, encoder, share in parts:
-            right = teach(text[tokenizer], text[encoder], self.world, share * seconds, log, device)
-            log(f"text: {encoder} has {100 * right:.1f} % right")
 
     def make_transformer(self, smoke):
         """See `Model`."""

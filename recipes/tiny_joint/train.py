@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from recipes.shared.portable import make_portable
+from recipes.shared.portable import make_portable, save_half
 from recipes.tiny_joint import autoencoders
 from recipes.tiny_joint.model import Bucket, Model
 from recipes.tiny_joint.tiny_flux import TinyFlux
@@ -209,11 +209,6 @@ class Run:
             self.log(f"transformer: loss {losses[bucket.name]} on unseen scenes of {bucket.name}")
         gpu = torch.cuda.get_device_name() if self.device == "cuda" else self.device
         self.note(transformer_loss=losses, device=gpu)
-
-
-def save_half(part, folder: Path) -> None:
-    """Save a copy of a part in fp16."""
-    copy.deepcopy(part).cpu().half().save_pretrained(folder)
 
 
 def save_pipeline(model: Model, text: dict, work: Path, transformer, output: Path) -> None:

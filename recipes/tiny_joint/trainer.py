@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from recipes.shared.flow import NOISE_LEVELS, noise_level
 from recipes.shared.optim import MuonAdamW, WeightAverage, captured_if_possible
 from recipes.shared.schedule import schedule
 from recipes.tiny_joint.model import Bucket, Model
 
-NOISE_LEVELS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 0.97)  # for validation
 DROPPED = 0.1  # share of captions left out, for guidance
 ALONE = 0.35  # share of the time spent on the first, smallest bucket alone, without guidance
 HOLD = 0.45  # share of the time before the learning rate falls
@@ -34,14 +34,6 @@ def initialise(transformer: nn.Module) -> None:
             nn.init.normal_(p, std=0.02)
         elif ("norm" in name and "linear" in name) or name.startswith("proj_out"):
             nn.init.zeros_(p)
-
-
-def noise_level(count: int, shift: float, device: str) -> Tensor:
-    """Noise levels in (0, 1]: logit-normal, three in ten uniform, shifted towards noise."""
-    u = torch.rand(count, device=device)
-    bell = torch.sigmoid(torch.randn(count, device=device))
-    u = torch.where(torch.rand(count, device=device) < 0.3, u, bell)
-    return (shift * u / (1 + (shift - 1) * u)).clamp(1e-3, 1)
 
 
 def _remember(module: nn.Module) -> None:
@@ -102,7 +94,7 @@ class Trainer:
 
         `guided`: half of the batch learns the answer at a guidance above 1, which is the usual
         target moved along the difference that the caption makes (Tang et al. 2025, "Diffusion
-        models without classifier-free guidance", eq. 9, with the guidance told to the model).
+        models without classifier-free guidance", with the guidance told to the model).
         """
         total = self.losses.setdefault(bucket.name, torch.zeros((), device=self.device))
         count, half = bucket.batch, bucket.batch // 2

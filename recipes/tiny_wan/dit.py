@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from dit_accel.world import clips as world
+from recipes.shared.flow import NOISE_LEVELS, noise_level
 from recipes.shared.optim import MuonAdamW, WeightAverage, captured
 from recipes.shared.schedule import schedule
 from recipes.tiny_wan import text
@@ -37,7 +38,6 @@ CONFIG = dict(
 SMOKE_CONFIG = {**CONFIG, "num_layers": 2, "num_attention_heads": 1, "ffn_dim": 64}
 TEXT_TOKENS = 48  # kept of a prompt in training, padding included
 PROMPT_LENGTHS = (64, 128, 226, 512, 512)  # the lengths that `WanPipeline` may pad a prompt to
-NOISE_LEVELS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 0.97)  # for validation
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,6 @@ def encode_clips(
         captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
     )
     return torch.cat(latents), ids.input_ids.to(device)
-
-
-def noise_level(count: int, shift: float, device: str) -> Tensor:
-    """Noise levels in (0, 1]: logit-normal, three in ten uniform, shifted towards noise."""
-    u = torch.rand(count, device=device)
-    bell = torch.sigmoid(torch.randn(count, device=device))
-    u = torch.where(torch.rand(count, device=device) < 0.3, u, bell)
-    return (shift * u / (1 + (shift - 1) * u)).clamp(1e-3, 1)
 
 
 def vary_text(ids: Tensor) -> Tensor:

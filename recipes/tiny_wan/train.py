@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import UMT5EncoderModel
 
 from dit_accel.world import clips as world
-from recipes.shared.portable import make_portable
+from recipes.shared.portable import make_portable, save_half
 from recipes.tiny_wan import dit, text
 from recipes.tiny_wan import vae as autoencoder
 
@@ -153,11 +153,6 @@ def run_dit(args: argparse.Namespace, log: Callable) -> None:
 def load_vae(work: Path) -> AutoencoderKLWan:
     """The trained autoencoder in fp32."""
     return AutoencoderKLWan.from_pretrained(work / "vae").float().eval()
-
-
-def save_half(model, folder: Path) -> None:
-    """Save a copy of a model in fp16."""
-    copy.deepcopy(model).cpu().half().save_pretrained(folder)
 
 
 def save_pipeline(args: argparse.Namespace, transformer, encoder) -> None:
