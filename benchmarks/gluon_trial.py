@@ -59,6 +59,13 @@ def _listed(entries, count, step):
 
 
 @gluon.jit
+def _key_of_step(entries, count, step, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr):
+    STEPS: gl.constexpr = BLOCK // BLOCK_N
+    block = _listed(entries, count, step // STEPS)
+    return block * BLOCK + (STEPS - 1 - step % STEPS) * BLOCK_N
+
+
+@gluon.jit
 def _turn(PINGPONG: gl.constexpr, turns, me, phase, THREADS: gl.constexpr):
     """Wait until the other warp group has issued its products."""
     if PINGPONG == 1:
@@ -149,37 +156,43 @@ def _produce(
             tma.async_copy_global_to_shared(
                 q_desc, [b, tile * BLOCK + part * ROWS, h, 0], q_ready, q_smem.index(part)
             )
-        ahead = _listed(entries, count, 0)
-        for step in range(0, count * STEPS):
-            n = ahead * BLOCK + (STEPS - 1 - step % STEPS) * BLOCK_N
-            ahead = _listed(entries, count, (step + 1) // STEPS)
+        # In the order in which they are needed: the next key tile before this value tile.
+        steps = count * STEPS
+        n = _key_of_step(entries, count, 0, BLOCK, BLOCK_N)
+        ahead = _key_of_step(entries, count, 1, BLOCK, BLOCK_N)
+        if steps > 0:
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_ready.index(stage), k_bytes)
             tma.async_copy_global_to_shared(
                 k_desc, [b, n, h, 0], k_ready.index(stage), k_smem.index(stage)
             )
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_ready.index(stage), k_bytes)
-            tma.async_copy_global_to_shared(
-                v_desc, [b, n, h, 0], v_ready.index(stage), v_smem.index(stage)
-            )
+        for step in range(0, steps):
+            v_stage = stage
+            v_phase = phase
+            v_n = n
             stage += 1
             wrapped = stage == STAGES
             stage = gl.where(wrapped, 0, stage)
             phase = gl.where(wrapped, phase ^ 1, phase)
+            n = ahead
+            ahead = _key_of_step(entries, count, step + 2, BLOCK, BLOCK_N)
+            more = step + 1 < steps
+            mbarrier.wait(k_empty.index(stage), phase, pred=more)
+            mbarrier.expect(k_ready.index(stage), k_bytes, pred=more)
+            tma.async_copy_global_to_shared(
+                k_desc, [b, n, h, 0], k_ready.index(stage), k_smem.index(stage), pred=more
+            )
+            mbarrier.wait(v_empty.index(v_stage), v_phase)
+            mbarrier.expect(v_ready.index(v_stage), k_bytes)
+            tma.async_copy_global_to_shared(
+                v_desc, [b, v_n, h, 0], v_ready.index(v_stage), v_smem.index(v_stage)
+            )
 
 
 @gluon.jit
 def _scores(q, k_tile, s_layout: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr):
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     return warpgroup_mma(q, k_tile.permute([1, 0]), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _key_of_step(entries, count, step, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr):
-    STEPS: gl.constexpr = BLOCK // BLOCK_N
-    block = _listed(entries, count, step // STEPS)
-    return block * BLOCK + (STEPS - 1 - step % STEPS) * BLOCK_N
 
 
 @gluon.jit
@@ -210,7 +223,7 @@ def _consume(
     me: gl.constexpr, shared, globals_,
     ROWS: gl.constexpr, WARPS: gl.constexpr, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr,
-    OVERLAP: gl.constexpr, WITH_LSE: gl.constexpr,
+    OVERLAP: gl.constexpr, LATE: gl.constexpr, WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """``ROWS`` query rows: products and softmax."""
     q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, turns = shared
@@ -252,6 +265,7 @@ def _consume(
             )
             total += _row_sum(p32, ROWS, BLOCK_N, LAZY)
             p = gl.convert_layout(p32.to(dtype), p_layout)
+            lost = gl.full([ROWS], 1.0, gl.float32, o_rows)
             if OVERLAP:
                 next_stage = gl.where(stage + 1 == STAGES, 0, stage + 1)
                 next_phase = gl.where(stage + 1 == STAGES, phase ^ 1, phase)
@@ -273,11 +287,15 @@ def _consume(
                 if OVERLAP:
                     s = _scores(q, k_tile, s_layout, ROWS, BLOCK_N)
                     mbarrier.wait(v_ready.index(v_stage), v_phase)
+                    if LATE:
+                        # Under the product of the scores, again held there by a branch.
+                        acc = acc * lost[:, None]
                     acc = warpgroup_mma(p, v_tile, acc, is_async=True)
                     if PINGPONG != 0:
                         _pass_turn(PINGPONG, turns, me)
                     s = warpgroup_mma_wait(1, deps=[s])
                     mbarrier.arrive(k_empty.index(stage), count=1)
+                    mbarrier.arrive(q_empty, count=1, pred=step + 1 == steps)
                     p32, peak, shrink = _softmax(
                         s, peak, scale_log2, 0, 0, ROWS, BLOCK_N, False, s_layout
                     )
@@ -304,8 +322,11 @@ def _consume(
                     )
                     lost = gl.convert_layout(shrink, o_rows)
                     total = total * _kept(shrink, total, LAZY) + _row_sum(p32, ROWS, BLOCK_N, LAZY)
-                acc = acc * lost[:, None]
+                if not LATE:
+                    acc = acc * lost[:, None]
                 p = gl.convert_layout(p32.to(dtype), p_layout)
+            if LATE:
+                acc = acc * lost[:, None]
             mbarrier.wait(v_ready.index(stage), phase)
             acc = warpgroup_mma(p, v_smem.index(stage).reshape([BLOCK_N, D]), acc, is_async=True)
             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
@@ -314,7 +335,11 @@ def _consume(
             wrapped = stage == STAGES
             stage = gl.where(wrapped, 0, stage)
             phase = gl.where(wrapped, phase ^ 1, phase)
-        mbarrier.arrive(q_empty, count=1)
+        if OVERLAP:
+            # With more steps it was released in the loop, once the last scores were there.
+            mbarrier.arrive(q_empty, count=1, pred=steps <= 1)
+        else:
+            mbarrier.arrive(q_empty, count=1)
         if LAZY:
             total = gl.sum(total, 1)
         _store(
@@ -331,7 +356,7 @@ def _specialised(
     num_heads, num_tokens, tiles, programs, list_sb, list_sh, columns,
     BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, PARTS: gl.constexpr,
     STAGES: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr, OVERLAP: gl.constexpr,
-    WITH_LSE: gl.constexpr, REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    LATE: gl.constexpr, WITH_LSE: gl.constexpr, REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """One loading warp and either two consumers of 4 warps or one of 8."""
     ROWS: gl.constexpr = BLOCK // PARTS
@@ -371,9 +396,9 @@ def _specialised(
         gl.warp_specialize(
             [
                 (_consume, (0, shared, globals_, ROWS, WARPS, BLOCK, BLOCK_N, D, STAGES,
-                            PINGPONG, LAZY, OVERLAP, WITH_LSE)),
+                            PINGPONG, LAZY, OVERLAP, LATE, WITH_LSE)),
                 (_consume, (1, shared, globals_, ROWS, WARPS, BLOCK, BLOCK_N, D, STAGES,
-                            PINGPONG, LAZY, OVERLAP, WITH_LSE)),
+                            PINGPONG, LAZY, OVERLAP, LATE, WITH_LSE)),
                 (_produce, (q_desc, k_desc, v_desc, shared, globals_, PARTS, ROWS, BLOCK,
                             BLOCK_N, STAGES)),
             ],
@@ -384,7 +409,7 @@ def _specialised(
         gl.warp_specialize(
             [
                 (_consume, (0, shared, globals_, ROWS, WARPS, BLOCK, BLOCK_N, D, STAGES,
-                            PINGPONG, LAZY, OVERLAP, WITH_LSE)),
+                            PINGPONG, LAZY, OVERLAP, LATE, WITH_LSE)),
                 (_produce, (q_desc, k_desc, v_desc, shared, globals_, PARTS, ROWS, BLOCK,
                             BLOCK_N, STAGES)),
             ],
@@ -487,22 +512,23 @@ def _simple(
 
 SIMPLE = {"kernel": "simple", "BLOCK_N": 64, "STAGES": 2, "WARPS": 4}
 WS = {
-    "kernel": "ws", "BLOCK_N": 128, "STAGES": 2, "PARTS": 2, "PINGPONG": 0, "LAZY": False,
-    "OVERLAP": True, "REGS": 240, "PRODUCER_REGS": 24, "PERSISTENT": False,
+    "kernel": "ws", "BLOCK_N": 128, "STAGES": 2, "PARTS": 2, "PINGPONG": 0, "LAZY": True,
+    "OVERLAP": True, "LATE": False, "REGS": 240, "PRODUCER_REGS": 24, "PERSISTENT": False,
 }  # fmt: skip
 # From simple and safe to ambitious.
 VARIANTS = {
     "baseline": {"kernel": "none"},
     "simple": SIMPLE,
     "simple8": SIMPLE | {"BLOCK_N": 128, "WARPS": 8},
-    "ws8": WS | {"PARTS": 1},
-    "ws": WS,
-    "ws_lazy": WS | {"LAZY": True},
-    "ws_pp_mbar": WS | {"LAZY": True, "PINGPONG": 1},
-    "ws_pp": WS | {"LAZY": True, "PINGPONG": 2},
-    "ws_pp_persistent": WS | {"LAZY": True, "PINGPONG": 2, "PERSISTENT": True},
-    "ws_serial_pp": WS | {"LAZY": True, "PINGPONG": 2, "OVERLAP": False},
-    "ws_stages3": WS | {"LAZY": True, "PINGPONG": 2, "STAGES": 3},
+    "ws8": WS | {"PARTS": 1, "LAZY": False},
+    "ws": WS | {"LAZY": False},
+    "ws_pp": WS | {"PINGPONG": 2},
+    "ws_late": WS | {"LATE": True},
+    "ws_pp_late": WS | {"PINGPONG": 2, "LATE": True},
+    "ws_pp_late_persistent": WS | {"PINGPONG": 2, "LATE": True, "PERSISTENT": True},
+    "ws_stages3": WS | {"PINGPONG": 2, "LATE": True, "STAGES": 3},
+    "ws_pp_mbar": WS | {"PINGPONG": 1},
+    "ws_serial_pp": WS | {"PINGPONG": 2, "OVERLAP": False},
 }
 BLOCK = 128
 
