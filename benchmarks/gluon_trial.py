@@ -265,7 +265,7 @@ def _consume(
             )
             total += _row_sum(p32, ROWS, BLOCK_N, LAZY)
             p = gl.convert_layout(p32.to(dtype), p_layout)
-            lost = gl.full([ROWS], 1.0, gl.float32, o_rows)
+            lost = gl.convert_layout(shrink, o_rows)
             if OVERLAP:
                 next_stage = gl.where(stage + 1 == STAGES, 0, stage + 1)
                 next_phase = gl.where(stage + 1 == STAGES, phase ^ 1, phase)
@@ -325,9 +325,12 @@ def _consume(
                 if not LATE:
                     acc = acc * lost[:, None]
                 p = gl.convert_layout(p32.to(dtype), p_layout)
-            if LATE:
-                acc = acc * lost[:, None]
             mbarrier.wait(v_ready.index(stage), phase)
+            if LATE:
+                # Written otherwise than in the loop: LLVM merges the two and moves them up.
+                acc = gl.inline_asm_elementwise(
+                    "mul.f32 $0, $1, $2;", "=f,f,f", [acc, lost[:, None]], gl.float32, True, 1
+                )
             acc = warpgroup_mma(p, v_smem.index(stage).reshape([BLOCK_N, D]), acc, is_async=True)
             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
             mbarrier.arrive(v_empty.index(stage), count=1)
