@@ -66,6 +66,40 @@ def _key_of_step(entries, count, step, BLOCK: gl.constexpr, BLOCK_N: gl.constexp
 
 
 @gluon.jit
+def _bar_arrive(barrier):
+    """Two consumers (256 threads) and the loading warp meet at a hardware barrier."""
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, 288; mov.u32 $0, 0;", "=r,r", [barrier], gl.int32, False, 1
+    )
+
+
+@gluon.jit
+def _bar_sync(barrier):
+    gl.inline_asm_elementwise(
+        "bar.sync $1, 288; mov.u32 $0, 0;", "=r,r", [barrier], gl.int32, False, 1
+    )
+
+
+@gluon.jit
+def _release(empty, stage, first_bar: gl.constexpr, NAMED: gl.constexpr):
+    """A consumer has read a buffer."""
+    if NAMED:
+        _bar_arrive(stage + first_bar)
+    else:
+        mbarrier.arrive(empty.index(stage), count=1)
+
+
+@gluon.jit
+def _await_release(empty, stage, phase, more, fresh, first_bar: gl.constexpr, NAMED: gl.constexpr):
+    """The loading warp waits until a buffer has been read; ``fresh`` ones never were filled."""
+    if NAMED:
+        if more & (fresh == 0):
+            _bar_sync(stage + first_bar)
+    else:
+        mbarrier.wait(empty.index(stage), phase, pred=more)
+
+
+@gluon.jit
 def _turn(PINGPONG: gl.constexpr, turns, me, phase, THREADS: gl.constexpr):
     """Wait until the other warp group has issued its products."""
     if PINGPONG == 1:
@@ -133,7 +167,7 @@ def _softmax(
 def _produce(
     q_desc, k_desc, v_desc, shared, globals_,
     PARTS: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, NAMED: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: tiles of key and value by the lists, into a ring."""
     q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, turns = shared
@@ -145,12 +179,17 @@ def _produce(
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     q_phase = gl.to_tensor(1)
+    fills = gl.to_tensor(0)
     for program in range(gl.program_id(0), programs, gl.num_programs(0)):
         tile, b, h, entries, count = _place(
             program, tiles, num_heads, full_count, full_index, list_sb, list_sh, columns
         )
-        mbarrier.wait(q_empty, q_phase)
-        q_phase ^= 1
+        if PERSISTENT and NAMED:
+            if program >= gl.num_programs(0):
+                _bar_sync(gl.to_tensor(15))
+        elif PERSISTENT:
+            mbarrier.wait(q_empty, q_phase)
+            q_phase ^= 1
         mbarrier.expect(q_ready, q_bytes)
         for part in gl.static_range(PARTS):
             tma.async_copy_global_to_shared(
@@ -161,7 +200,7 @@ def _produce(
         n = _key_of_step(entries, count, 0, BLOCK, BLOCK_N)
         ahead = _key_of_step(entries, count, 1, BLOCK, BLOCK_N)
         if steps > 0:
-            mbarrier.wait(k_empty.index(stage), phase)
+            _await_release(k_empty, stage, phase, True, fills < STAGES, 4, NAMED)
             mbarrier.expect(k_ready.index(stage), k_bytes)
             tma.async_copy_global_to_shared(
                 k_desc, [b, n, h, 0], k_ready.index(stage), k_smem.index(stage)
@@ -177,16 +216,27 @@ def _produce(
             n = ahead
             ahead = _key_of_step(entries, count, step + 2, BLOCK, BLOCK_N)
             more = step + 1 < steps
-            mbarrier.wait(k_empty.index(stage), phase, pred=more)
+            fresh_v = fills < STAGES
+            fills += 1
+            _await_release(k_empty, stage, phase, more, fills < STAGES, 4, NAMED)
             mbarrier.expect(k_ready.index(stage), k_bytes, pred=more)
             tma.async_copy_global_to_shared(
                 k_desc, [b, n, h, 0], k_ready.index(stage), k_smem.index(stage), pred=more
             )
-            mbarrier.wait(v_empty.index(v_stage), v_phase)
+            _await_release(v_empty, v_stage, v_phase, True, fresh_v, 10, NAMED)
             mbarrier.expect(v_ready.index(v_stage), k_bytes)
             tma.async_copy_global_to_shared(
                 v_desc, [b, v_n, h, 0], v_ready.index(v_stage), v_smem.index(v_stage)
             )
+    if NAMED:
+        # Leave no barrier half full.
+        for i in gl.static_range(STAGES):
+            left = (stage + i) % STAGES
+            if (fills >= STAGES) | (left < fills):
+                _bar_sync(left + 4)
+                _bar_sync(left + 10)
+        if PERSISTENT:
+            _bar_sync(gl.to_tensor(15))
 
 
 @gluon.jit
@@ -223,7 +273,7 @@ def _consume(
     me: gl.constexpr, shared, globals_,
     ROWS: gl.constexpr, WARPS: gl.constexpr, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr,
-    OVERLAP: gl.constexpr, LATE: gl.constexpr, WITH_LSE: gl.constexpr,
+    OVERLAP: gl.constexpr, LATE: gl.constexpr, NAMED: gl.constexpr, PERSISTENT: gl.constexpr, WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """``ROWS`` query rows: products and softmax."""
     q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, turns = shared
@@ -259,7 +309,7 @@ def _consume(
             first = gl.load(entries + count - 1) * BLOCK + (STEPS - 1) * BLOCK_N
             s = _scores(q, k_smem.index(stage).reshape([BLOCK_N, D]), s_layout, ROWS, BLOCK_N)
             s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(k_empty.index(stage), count=1)
+            _release(k_empty, stage, 4, NAMED)
             p32, peak, shrink = _softmax(
                 s, peak, scale_log2, first, num_tokens, ROWS, BLOCK_N, True, s_layout
             )
@@ -294,8 +344,12 @@ def _consume(
                     if PINGPONG != 0:
                         _pass_turn(PINGPONG, turns, me)
                     s = warpgroup_mma_wait(1, deps=[s])
-                    mbarrier.arrive(k_empty.index(stage), count=1)
-                    mbarrier.arrive(q_empty, count=1, pred=step + 1 == steps)
+                    _release(k_empty, stage, 4, NAMED)
+                    if NAMED and PERSISTENT:
+                        if step + 1 == steps:
+                            _bar_arrive(gl.to_tensor(15))
+                    elif PERSISTENT:
+                        mbarrier.arrive(q_empty, count=1, pred=step + 1 == steps)
                     p32, peak, shrink = _softmax(
                         s, peak, scale_log2, 0, 0, ROWS, BLOCK_N, False, s_layout
                     )
@@ -307,7 +361,7 @@ def _consume(
                     next_phase = gl.where(stage + 1 == STAGES, phase ^ 1, phase)
                     mbarrier.wait(k_ready.index(next_stage), next_phase, pred=step + 1 < steps)
                     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-                    mbarrier.arrive(v_empty.index(v_stage), count=1)
+                    _release(v_empty, v_stage, 10, NAMED)
                 else:
                     mbarrier.wait(v_ready.index(v_stage), v_phase)
                     acc = warpgroup_mma(p, v_tile, acc, is_async=True)
@@ -315,8 +369,8 @@ def _consume(
                     if PINGPONG != 0:
                         _pass_turn(PINGPONG, turns, me)
                     acc, p, s = warpgroup_mma_wait(0, deps=[acc, p, s])
-                    mbarrier.arrive(v_empty.index(v_stage), count=1)
-                    mbarrier.arrive(k_empty.index(stage), count=1)
+                    _release(v_empty, v_stage, 10, NAMED)
+                    _release(k_empty, stage, 4, NAMED)
                     p32, peak, shrink = _softmax(
                         s, peak, scale_log2, 0, 0, ROWS, BLOCK_N, False, s_layout
                     )
@@ -333,16 +387,17 @@ def _consume(
                 )
             acc = warpgroup_mma(p, v_smem.index(stage).reshape([BLOCK_N, D]), acc, is_async=True)
             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-            mbarrier.arrive(v_empty.index(stage), count=1)
+            _release(v_empty, stage, 10, NAMED)
             stage += 1
             wrapped = stage == STAGES
             stage = gl.where(wrapped, 0, stage)
             phase = gl.where(wrapped, phase ^ 1, phase)
-        if OVERLAP:
-            # With more steps it was released in the loop, once the last scores were there.
-            mbarrier.arrive(q_empty, count=1, pred=steps <= 1)
-        else:
-            mbarrier.arrive(q_empty, count=1)
+        # With more steps, overlapped, it was released in the loop: the last scores were there.
+        if PERSISTENT and NAMED:
+            if (steps <= 1) | (not OVERLAP):
+                _bar_arrive(gl.to_tensor(15))
+        elif PERSISTENT:
+            mbarrier.arrive(q_empty, count=1, pred=(steps <= 1) | (not OVERLAP))
         if LAZY:
             total = gl.sum(total, 1)
         _store(
@@ -359,7 +414,7 @@ def _specialised(
     num_heads, num_tokens, tiles, programs, list_sb, list_sh, columns,
     BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, PARTS: gl.constexpr,
     STAGES: gl.constexpr, PINGPONG: gl.constexpr, LAZY: gl.constexpr, OVERLAP: gl.constexpr,
-    LATE: gl.constexpr, WITH_LSE: gl.constexpr, REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    LATE: gl.constexpr, NAMED: gl.constexpr, PERSISTENT: gl.constexpr, WITH_LSE: gl.constexpr, REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """One loading warp and either two consumers of 4 warps or one of 8."""
     ROWS: gl.constexpr = BLOCK // PARTS
@@ -399,11 +454,13 @@ def _specialised(
         gl.warp_specialize(
             [
                 (_consume, (0, shared, globals_, ROWS, WARPS, BLOCK, BLOCK_N, D, STAGES,
-                            PINGPONG, LAZY, OVERLAP, LATE, WITH_LSE)),
+                            PINGPONG, LAZY, OVERLAP, LATE, NAMED,
+                            PERSISTENT, WITH_LSE)),
                 (_consume, (1, shared, globals_, ROWS, WARPS, BLOCK, BLOCK_N, D, STAGES,
-                            PINGPONG, LAZY, OVERLAP, LATE, WITH_LSE)),
+                            PINGPONG, LAZY, OVERLAP, LATE, NAMED,
+                            PERSISTENT, WITH_LSE)),
                 (_produce, (q_desc, k_desc, v_desc, shared, globals_, PARTS, ROWS, BLOCK,
-                            BLOCK_N, STAGES)),
+                            BLOCK_N, STAGES, NAMED, PERSISTENT)),
             ],
             [4, 1],
             [REGS, PRODUCER_REGS],
@@ -412,9 +469,10 @@ def _specialised(
         gl.warp_specialize(
             [
                 (_consume, (0, shared, globals_, ROWS, WARPS, BLOCK, BLOCK_N, D, STAGES,
-                            PINGPONG, LAZY, OVERLAP, LATE, WITH_LSE)),
+                            PINGPONG, LAZY, OVERLAP, LATE, NAMED,
+                            PERSISTENT, WITH_LSE)),
                 (_produce, (q_desc, k_desc, v_desc, shared, globals_, PARTS, ROWS, BLOCK,
-                            BLOCK_N, STAGES)),
+                            BLOCK_N, STAGES, NAMED, PERSISTENT)),
             ],
             [1],
             [PRODUCER_REGS],
@@ -516,7 +574,8 @@ def _simple(
 SIMPLE = {"kernel": "simple", "BLOCK_N": 64, "STAGES": 2, "WARPS": 4}
 WS = {
     "kernel": "ws", "BLOCK_N": 128, "STAGES": 2, "PARTS": 2, "PINGPONG": 0, "LAZY": True,
-    "OVERLAP": True, "LATE": False, "REGS": 240, "PRODUCER_REGS": 24, "PERSISTENT": False,
+    "OVERLAP": True, "LATE": False, "NAMED": False, "PERSISTENT": False, "REGS": 240,
+    "PRODUCER_REGS": 24,
 }  # fmt: skip
 # From simple and safe to ambitious.
 VARIANTS = {
@@ -526,12 +585,14 @@ VARIANTS = {
     "ws8": WS | {"PARTS": 1, "LAZY": False},
     "ws": WS | {"LAZY": False},
     "ws_pp": WS | {"PINGPONG": 2},
-    "ws_late": WS | {"LATE": True},
     "ws_pp_late": WS | {"PINGPONG": 2, "LATE": True},
+    "ws_late_named": WS | {"LATE": True, "NAMED": True},
+    "ws_pp_late_named": WS | {"PINGPONG": 2, "LATE": True, "NAMED": True},
     "ws_pp_late_persistent": WS | {"PINGPONG": 2, "LATE": True, "PERSISTENT": True},
     "ws_stages3": WS | {"PINGPONG": 2, "LATE": True, "STAGES": 3},
     "ws_pp_mbar": WS | {"PINGPONG": 1},
     "ws_serial_pp": WS | {"PINGPONG": 2, "OVERLAP": False},
+    "ws_all": WS | {"PINGPONG": 2, "LATE": True, "NAMED": True, "PERSISTENT": True, "STAGES": 3},
 }
 BLOCK = 128
 
@@ -540,7 +601,7 @@ def attend(q, k, v, count, index, settings, with_lse=True):
     """Run one variant: ``[B, N, H, D]``, int32 lists ``[B|1, H|1, Q]`` and ``[.., Q, K]``."""
     settings = dict(settings)
     kind = settings.pop("kernel")
-    persistent = settings.pop("PERSISTENT", False)
+    persistent = settings.get("PERSISTENT", False)
     batch, tokens, heads, size = q.shape
     out = torch.empty_like(q)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
