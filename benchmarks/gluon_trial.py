@@ -132,7 +132,11 @@ def _pass_turn(PINGPONG: gl.constexpr, turns, me):
 
 @gluon.jit
 def _row_sum(p, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, LAZY: gl.constexpr):
-    if LAZY:
+    if LAZY == 2:
+        # As a tree, because a chain of 32 additions is a long wait.
+        split = p.reshape([ROWS, BLOCK_N // 32, 4, 4, 2])
+        return gl.sum(gl.sum(gl.sum(split, 4), 2), 1)
+    elif LAZY == 1:
         # Only over what each thread holds; the four lanes of a row are added once at the end.
         split = p.reshape([ROWS, BLOCK_N // 8, 4, 2])
         return gl.sum(gl.sum(split, 3), 1)
@@ -141,9 +145,21 @@ def _row_sum(p, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, LAZY: gl.constexpr):
 
 
 @gluon.jit
+def _row_max(
+    s, peak, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, LAZY: gl.constexpr, s_layout: gl.constexpr
+):
+    if LAZY == 2:
+        split = s.reshape([ROWS, BLOCK_N // 32, 4, 4, 2])
+        top = gl.max(gl.max(gl.max(gl.max(split, 4), 2), 1), 1)
+        return gl.convert_layout(top, gl.SliceLayout(1, s_layout))
+    else:
+        return gl.max(s, 1)
+
+
+@gluon.jit
 def _kept(shrink, total, LAZY: gl.constexpr):
     """``shrink`` in the layout of the row sums."""
-    if LAZY:
+    if LAZY != 0:
         return gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))[:, None]
     else:
         return shrink
@@ -152,12 +168,13 @@ def _kept(shrink, total, LAZY: gl.constexpr):
 @gluon.jit
 def _softmax(
     s, peak, scale_log2, first, end,
-    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr, s_layout: gl.constexpr,
+    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr, LAZY: gl.constexpr,
+    s_layout: gl.constexpr,
 ):  # fmt: skip
     if MASK:
         n = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
         s = gl.where((n < end)[None, :], s, float("-inf"))
-    new_peak = gl.maximum(peak, gl.max(s, 1) * scale_log2)
+    new_peak = gl.maximum(peak, _row_max(s, peak, ROWS, BLOCK_N, LAZY, s_layout) * scale_log2)
     p = gl.exp2(s * scale_log2 - new_peak[:, None])
     shrink = gl.exp2(peak - new_peak)
     return p, new_peak, shrink
@@ -311,7 +328,7 @@ def _consume(
             s = warpgroup_mma_wait(0, deps=[s])
             _release(k_empty, stage, 4, NAMED)
             p32, peak, shrink = _softmax(
-                s, peak, scale_log2, first, num_tokens, ROWS, BLOCK_N, True, s_layout
+                s, peak, scale_log2, first, num_tokens, ROWS, BLOCK_N, True, LAZY, s_layout
             )
             total += _row_sum(p32, ROWS, BLOCK_N, LAZY)
             p = gl.convert_layout(p32.to(dtype), p_layout)
@@ -351,7 +368,7 @@ def _consume(
                     elif PERSISTENT:
                         mbarrier.arrive(q_empty, count=1, pred=step + 1 == steps)
                     p32, peak, shrink = _softmax(
-                        s, peak, scale_log2, 0, 0, ROWS, BLOCK_N, False, s_layout
+                        s, peak, scale_log2, 0, 0, ROWS, BLOCK_N, False, LAZY, s_layout
                     )
                     lost = gl.convert_layout(shrink, o_rows)
                     total = total * _kept(shrink, total, LAZY) + _row_sum(p32, ROWS, BLOCK_N, LAZY)
@@ -372,7 +389,7 @@ def _consume(
                     _release(v_empty, v_stage, 10, NAMED)
                     _release(k_empty, stage, 4, NAMED)
                     p32, peak, shrink = _softmax(
-                        s, peak, scale_log2, 0, 0, ROWS, BLOCK_N, False, s_layout
+                        s, peak, scale_log2, 0, 0, ROWS, BLOCK_N, False, LAZY, s_layout
                     )
                     lost = gl.convert_layout(shrink, o_rows)
                     total = total * _kept(shrink, total, LAZY) + _row_sum(p32, ROWS, BLOCK_N, LAZY)
@@ -398,7 +415,7 @@ def _consume(
                 _bar_arrive(gl.to_tensor(15))
         elif PERSISTENT:
             mbarrier.arrive(q_empty, count=1, pred=(steps <= 1) | (not OVERLAP))
-        if LAZY:
+        if LAZY != 0:
             total = gl.sum(total, 1)
         _store(
             acc, total, peak, out_ptr, lse_ptr, b, h, tile * BLOCK + me * ROWS,
@@ -549,7 +566,7 @@ def _simple(
         if step < STEPS:
             keys = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
             s = gl.where((keys < num_tokens)[None, :], s, float("-inf"))
-        p32, peak, shrink = _softmax(s, peak, scale_log2, 0, 0, ROWS, BLOCK_N, False, s_layout)
+        p32, peak, shrink = _softmax(s, peak, scale_log2, 0, 0, ROWS, BLOCK_N, False, 0, s_layout)
         total = total * shrink + gl.sum(p32, 1)
         acc = acc * gl.convert_layout(shrink, o_rows)[:, None]
         p = gl.convert_layout(p32.to(dtype), p_layout)
@@ -573,7 +590,7 @@ def _simple(
 
 SIMPLE = {"kernel": "simple", "BLOCK_N": 64, "STAGES": 2, "WARPS": 4}
 WS = {
-    "kernel": "ws", "BLOCK_N": 128, "STAGES": 2, "PARTS": 2, "PINGPONG": 0, "LAZY": True,
+    "kernel": "ws", "BLOCK_N": 128, "STAGES": 2, "PARTS": 2, "PINGPONG": 0, "LAZY": 1,
     "OVERLAP": True, "LATE": False, "NAMED": False, "PERSISTENT": False, "REGS": 240,
     "PRODUCER_REGS": 24,
 }  # fmt: skip
@@ -582,17 +599,20 @@ VARIANTS = {
     "baseline": {"kernel": "none"},
     "simple": SIMPLE,
     "simple8": SIMPLE | {"BLOCK_N": 128, "WARPS": 8},
-    "ws8": WS | {"PARTS": 1, "LAZY": False},
-    "ws": WS | {"LAZY": False},
-    "ws_pp": WS | {"PINGPONG": 2},
-    "ws_pp_late": WS | {"PINGPONG": 2, "LATE": True},
-    "ws_late_named": WS | {"LATE": True, "NAMED": True},
+    "ws8": WS | {"PARTS": 1, "LAZY": 0},
+    "ws": WS | {"LAZY": 0},
+    "ws_tree": WS | {"LAZY": 2},
+    "ws_pp_tree": WS | {"LAZY": 2, "PINGPONG": 2},
+    "ws_pp_tree_late": WS | {"LAZY": 2, "PINGPONG": 2, "LATE": True},
+    "ws_tree_late_named": WS | {"LAZY": 2, "LATE": True, "NAMED": True},
+    "ws_pp_tree_late_named": WS | {"LAZY": 2, "PINGPONG": 2, "LATE": True, "NAMED": True},
     "ws_pp_late_named": WS | {"PINGPONG": 2, "LATE": True, "NAMED": True},
-    "ws_pp_late_persistent": WS | {"PINGPONG": 2, "LATE": True, "PERSISTENT": True},
-    "ws_stages3": WS | {"PINGPONG": 2, "LATE": True, "STAGES": 3},
+    "ws_stages3": WS | {"LAZY": 2, "PINGPONG": 2, "LATE": True, "STAGES": 3},
+    "ws_persistent": WS | {"LAZY": 2, "PINGPONG": 2, "LATE": True, "PERSISTENT": True},
+    "ws_all": WS
+    | {"LAZY": 2, "PINGPONG": 2, "LATE": True, "NAMED": True, "PERSISTENT": True, "STAGES": 3},
     "ws_pp_mbar": WS | {"PINGPONG": 1},
-    "ws_serial_pp": WS | {"PINGPONG": 2, "OVERLAP": False},
-    "ws_all": WS | {"PINGPONG": 2, "LATE": True, "NAMED": True, "PERSISTENT": True, "STAGES": 3},
+    "ws_serial_pp": WS | {"LAZY": 2, "PINGPONG": 2, "OVERLAP": False},
 }
 BLOCK = 128
 
