@@ -6,7 +6,13 @@
 
 Each variant runs in a process of its own with a timeout, because a wrong barrier hangs the GPU.
 One JSON line per variant: `errors` (relative to float64, beside the plain formula's own in
-bfloat16), then `tflops` on attended pairs by case.
+bfloat16), then `tflops` on attended pairs by case, "tokens/head size/density".
+
+Keys for --set (values in JSON): STAGES 2, 3 or (head size 64) 4; PINGPONG 0 none, 1 by mbarrier, 2
+by hardware barrier; LAZY 0 row sums across lanes in each step, 1 once at the end, 2 also maxima and
+sums as trees; OVERLAP next scores before this softmax; LATE rescale under the product of the
+scores; NAMED buffers released by hardware barriers; PERSISTENT one program per SM; REGS and
+PRODUCER_REGS registers of the second consumer and of the loading warp.
 """
 
 # Gluon functions take tensors, barriers and constants under the same names.
@@ -598,21 +604,21 @@ WS = {
 VARIANTS = {
     "baseline": {"kernel": "none"},
     "simple": SIMPLE,
-    "simple8": SIMPLE | {"BLOCK_N": 128, "WARPS": 8},
-    "ws8": WS | {"PARTS": 1, "LAZY": 0},
     "ws": WS | {"LAZY": 0},
     "ws_tree": WS | {"LAZY": 2},
     "ws_pp_tree": WS | {"LAZY": 2, "PINGPONG": 2},
     "ws_pp_tree_late": WS | {"LAZY": 2, "PINGPONG": 2, "LATE": True},
     "ws_tree_late_named": WS | {"LAZY": 2, "LATE": True, "NAMED": True},
     "ws_pp_tree_late_named": WS | {"LAZY": 2, "PINGPONG": 2, "LATE": True, "NAMED": True},
-    "ws_pp_late_named": WS | {"PINGPONG": 2, "LATE": True, "NAMED": True},
-    "ws_stages3": WS | {"LAZY": 2, "PINGPONG": 2, "LATE": True, "STAGES": 3},
     "ws_persistent": WS | {"LAZY": 2, "PINGPONG": 2, "LATE": True, "PERSISTENT": True},
+    "ws_stages3": WS | {"LAZY": 2, "PINGPONG": 2, "LATE": True, "STAGES": 3},
     "ws_all": WS
     | {"LAZY": 2, "PINGPONG": 2, "LATE": True, "NAMED": True, "PERSISTENT": True, "STAGES": 3},
-    "ws_pp_mbar": WS | {"PINGPONG": 1},
+    "ws_pp_late_named": WS | {"PINGPONG": 2, "LATE": True, "NAMED": True},
     "ws_serial_pp": WS | {"LAZY": 2, "PINGPONG": 2, "OVERLAP": False},
+    "ws_pp_mbar": WS | {"PINGPONG": 1},
+    "simple8": SIMPLE | {"BLOCK_N": 128, "WARPS": 8},
+    "ws8": WS | {"PARTS": 1, "LAZY": 0},
 }
 BLOCK = 128
 
@@ -765,7 +771,7 @@ def speed(settings, quick):
                 return block_sparse_attention(q, k, v, lists)
 
             def variant(count=count, index=index, q=q, k=k, v=v):
-                return attend(q, k, v, count, index, settings, with_lse=False)[0]
+                return attend(q, k, v, count, index, settings)[0]
 
             rates = {"triton": 4 * pairs * size / median_ms(ours) / 1e9, "cudnn": dense_rate}
             if not none:
