@@ -1,7 +1,7 @@
 """Trial of block-sparse attention loops in Gluon on Hopper, beside our Triton kernel and cuDNN.
 
     python benchmarks/gluon_trial.py                      # every variant, correctness then speed
-    python benchmarks/gluon_trial.py --only ws pp2 --stages 2
+    python benchmarks/gluon_trial.py --only ws_pp_tree --set STAGES=3 LATE=true
     python benchmarks/gluon_trial.py --list
 
 Each variant runs in a process of its own with a timeout, because a wrong barrier hangs the GPU.
@@ -17,6 +17,7 @@ PRODUCER_REGS registers of the second consumer and of the loading warp.
 
 # Gluon functions take tensors, barriers and constants under the same names.
 # mypy: ignore-errors
+# ruff: noqa: E501, RUF005, RUF059
 
 from __future__ import annotations
 
