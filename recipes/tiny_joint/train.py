@@ -2,10 +2,11 @@
 
     python -m recipes.tiny_joint.train tiny-flux --output dit_accel/models/tiny-flux
 
-Stages, each of which leaves a file in the work folder and is skipped when that is there: `vae`
-trains the autoencoder, `latents` draws and encodes scenes, `text` teaches the text encoders which
-words belong together, `dit` trains the transformer and writes the pipeline. A run that was cut
-short, or that `--deadline-s` ended, goes on from its last checkpoint when started again.
+Stages, each of which leaves a file in the work folder and is skipped when that is there: `text`
+teaches the text encoders which words belong together, `vae` trains the autoencoder, `latents` draws
+and encodes scenes, `dit` trains the transformer and writes the pipeline, every few minutes as far
+as it is. A run that was cut short, or that `--deadline-s` ended, goes on from its last checkpoint
+when started again.
 """
 
 import argparse
@@ -25,14 +26,14 @@ from recipes.tiny_joint.model import Bucket, Model
 from recipes.tiny_joint.tiny_flux import TinyFlux
 from recipes.tiny_joint.tiny_hunyuan import TinyHunyuan
 from recipes.tiny_joint.tiny_sd3 import TinySd3
-from recipes.tiny_joint.trainer import Trainer, initialise
+from recipes.tiny_joint.trainer import Trainer, initialise, validate
 
 MODELS: dict[str, type[Model]] = {
     "tiny-hunyuan": TinyHunyuan,
     "tiny-flux": TinyFlux,
     "tiny-sd3": TinySd3,
 }
-STAGES = ("vae", "latents", "text", "dit")
+STAGES = ("text", "vae", "latents", "dit")
 VALIDATION_BATCHES = 4
 EMBED_BATCH = 256
 
@@ -47,10 +48,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, help="folder of intermediate files (default: OUTPUT.work)"
     )
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="the last to run")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="only these")
+    parser.add_argument("--text-seconds", type=float, default=90)
     parser.add_argument("--vae-seconds", type=float, default=150)
-    parser.add_argument("--text-seconds", type=float, default=40)
-    parser.add_argument("--dit-seconds", type=float, default=600)
+    parser.add_argument("--dit-seconds", type=float, default=1000)
+    parser.add_argument(
+        "--save-every-s", type=float, default=240, help="time between pipelines written in training"
+    )
     parser.add_argument(
         "--deadline-s", type=float, help="stop with a checkpoint this long after the start"
     )
@@ -164,12 +168,11 @@ class Run:
     @torch.no_grad()
     def _embed(self, pipe: DiffusionPipeline, captions: list[str], length: int):
         """`Model.embed` in pieces, floats in bf16."""
-        parts = [
-            self.model.embed(pipe, captions[i : i + EMBED_BATCH], length)
-            for i in range(0, len(captions), EMBED_BATCH)
-        ]
-        whole = [torch.cat(p) for p in zip(*parts, strict=True)]
-        return tuple(t.bfloat16() if t.is_floating_point() else t for t in whole)
+        parts = []
+        for i in range(0, len(captions), EMBED_BATCH):
+            made = self.model.embed(pipe, captions[i : i + EMBED_BATCH], length)
+            parts.append([t.bfloat16() if t.is_floating_point() else t for t in made])
+        return tuple(torch.cat(p) for p in zip(*parts, strict=True))
 
     def train_transformer(self) -> None:
         """Stage `dit`."""
@@ -197,15 +200,25 @@ class Run:
             latents, captions = stored[bucket.name]["held out"]
             held_out[bucket] = latents, self._embed(pipe, captions, bucket.text_length)
         deadline = None if args.deadline_s is None else self.started + args.deadline_s
-        finished = trainer.train(args.dit_seconds, deadline)
-        trainer.save(checkpoint)
-        self.note(transformer_steps=trainer.done, transformer_s=round(trainer.spent))
-        trainer.finish()  # the pipeline of an unfinished run is saved too: it can be looked at
-        save_pipeline(model, text, self.work, transformer, args.output)
+
+        def save() -> torch.nn.Module:
+            """Write a pipeline of the averaged weights and what is needed to go on."""
+            averaged = model.make_transformer(args.smoke)
+            trainer.store_average(averaged)
+            save_pipeline(model, text, self.work, averaged, args.output)
+            trainer.save(checkpoint)
+            self.note(transformer_steps=trainer.done, transformer_s=round(trainer.spent))
+            self.log(f"transformer: saved at step {trainer.done}")
+            return averaged
+
+        deadline = None if args.deadline_s is None else self.started + args.deadline_s
+        finished = trainer.train(args.dit_seconds, deadline, save, args.save_every_s)
+        averaged = save().to(self.device).eval()
         self.log(f"transformer: {trainer.done} steps, {'done' if finished else 'to be resumed'}")
         losses = {}
         for bucket, (latents, words) in held_out.items():
-            losses[bucket.name] = round(trainer.validate(latents, words, bucket.encode_batch), 4)
+            loss = validate(model, averaged, latents, words, bucket.encode_batch)
+            losses[bucket.name] = round(loss, 4)
             self.log(f"transformer: loss {losses[bucket.name]} on unseen scenes of {bucket.name}")
         gpu = torch.cuda.get_device_name() if self.device == "cuda" else self.device
         self.note(transformer_loss=losses, device=gpu)
@@ -224,7 +237,7 @@ def save_pipeline(model: Model, text: dict, work: Path, transformer, output: Pat
 
 
 def main() -> None:
-    """Run the stages up to the one asked for."""
+    """Run the stages asked for."""
     args = arguments()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
@@ -232,14 +245,13 @@ def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch._dynamo.config.recompile_limit = 64
     run = Run(args)
-    wanted = STAGES if args.stage == "all" else STAGES[: STAGES.index(args.stage) + 1]
-    if "vae" in wanted and not (run.work / "vae").exists():
-        run.train_autoencoder()
-    if "latents" in wanted and not (run.work / "latents.pt").exists():
-        run.encode_scenes()
-    if "text" in wanted and not (run.work / "text").exists():
+    if "text" in args.stages and not (run.work / "text").exists():
         run.teach_text()
-    if "dit" in wanted:
+    if "vae" in args.stages and not (run.work / "vae").exists():
+        run.train_autoencoder()
+    if "latents" in args.stages and not (run.work / "latents.pt").exists():
+        run.encode_scenes()
+    if "dit" in args.stages:
         run.train_transformer()
 
 
