@@ -17,6 +17,7 @@ Buffers are handed over by mbarriers: ``ready`` by the copy engine, ``empty`` by
 
 # Gluon's functions take tensors, barriers and constants under the same names: types say little.
 # mypy: ignore-errors
+# ruff: noqa: RUF005  (Gluon's lists have no starred items)
 
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ def _work(program, lists, sizes):
     """
     full_count, full_index, partial_count, _partial_index, _partial_slot, _bits = lists
     (num_heads, num_video, num_text, video_start, text_start, programs,
-     list_sb, list_sh, full_columns, partial_columns) = sizes  # fmt: skip
+     list_sb, list_sh, full_columns, _partial_columns) = sizes  # fmt: skip
     video_tiles = gl.cdiv(num_video, TILE)
     text_tiles = gl.cdiv(num_text, TILE)
     text_programs = programs // (video_tiles + text_tiles) * text_tiles
@@ -536,9 +537,7 @@ def _hopper_op(
     cfg = HopperConfig(*config) if config else hopper_config(head_size, longest, num_text > 0)
     grid = programs
     if cfg.persistent:
-        grid = min(
-            programs, torch.cuda.get_device_properties(query.device).multi_processor_count
-        )
+        grid = min(programs, torch.cuda.get_device_properties(query.device).multi_processor_count)
     with torch.cuda.device_of(query):
         _hopper_forward[(grid,)](
             _descriptor(query, ROWS.value), _descriptor(key, block_size),

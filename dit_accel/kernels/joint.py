@@ -28,10 +28,10 @@ from dit_accel.errors import GridMismatchError, OperatorUnavailableError, Option
 from dit_accel.kernels.block_sparse import (
     _NO_PEAK,
     _attend,
-    empty_lse,
-    fits_copy_engine,
     _load_rows,
     _resolve_config,
+    empty_lse,
+    fits_copy_engine,
     why_unavailable,
 )
 from dit_accel.kernels.joint_reference import LEVELS
