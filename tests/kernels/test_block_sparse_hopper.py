@@ -250,7 +250,7 @@ PLAIN = SimpleNamespace(
     ("num_video", "text"), [(63, 0), (128, 5), (300, 77), (256, 128), (900, 0), (1000, 300)]
 )
 def test_steps_cover_the_mask_once(monkeypatch, num_video: int, text: int, text_first) -> None:
-    from dit_accel.kernels import block_sparse_hopper as kernel
+    from dit_accel.kernels import hopper_steps as kernel
 
     monkeypatch.setattr(kernel, "gl", PLAIN)
     monkeypatch.setattr(kernel, "TILE", 128)
@@ -274,13 +274,13 @@ def test_steps_cover_the_mask_once(monkeypatch, num_video: int, text: int, text_
     total = num_video + text
     seen = torch.zeros(2, 3, total, total + 128, dtype=torch.int64)
     for program in range(programs):
-        work = kernel._work.fn(torch.tensor(program), loaded, sizes)
+        work = kernel.program_work.fn(torch.tensor(program), loaded, sizes)
         b, h, first, end = (int(x) for x in work[:4])
         end = min(end, first + 128)
         masked, steps = int(work[8]), int(work[9])
         for step in map(torch.tensor, range(steps)):
-            n = int(kernel._key_row.fn(step, work, loaded, sizes))
-            words = [kernel._mask_words.fn(m, step, work, loaded, sizes, None) for m in (0, 1)]
+            n = int(kernel.key_row.fn(step, work, loaded, sizes))
+            words = [kernel.mask_words.fn(m, step, work, loaded, sizes, None) for m in (0, 1)]
             bits = (torch.cat(words)[:, :, None] >> torch.arange(32) & 1).flatten(1)
             assert step < masked or bits.all()
             seen[b, h, first:end, n : n + 128] += bits[: end - first]
