@@ -36,9 +36,10 @@ from dit_accel.kernels.tiles import tile_lists_from_dense
 from dit_accel.kernels.tuning import HopperConfig, hopper_config
 from dit_accel.operators import choose_operator, make_operators
 
-REFUSED = why_no_hopper_kernel(torch.device(DEVICE), torch.float16, 64, 128)
-needs_gluon = pytest.mark.skipif(why_no_gluon() is not None, reason=str(why_no_gluon()))
-needs_hopper = pytest.mark.skipif(REFUSED is not None, reason=f"{REFUSED}")
+NO_GLUON = why_no_gluon()
+REFUSED = NO_GLUON or why_no_hopper_kernel(torch.device(DEVICE), torch.float16, 64, 128)
+needs_gluon = pytest.mark.skipif(NO_GLUON is not None, reason=str(NO_GLUON))
+needs_hopper = pytest.mark.skipif(REFUSED is not None, reason=str(REFUSED))
 
 CONFIGS = [
     HopperConfig(),
