@@ -147,10 +147,14 @@ def _hide(s, words, by_word: gl.constexpr, s_layout: gl.constexpr):
     """Scores of keys whose bit is 0 become -inf."""
     split = s.reshape([ROWS, TILE // 32, 32])
     bit = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, by_word)))
-    # A thread's columns differ in all bits but 1 and 2: one shift by these, then known constants.
-    shifted = words[:, :, None] >> (bit & 6)[None, None, :]
-    allowed = (shifted & (1 << (bit & 25))[None, None, :]) != 0
-    split = gl.where(allowed, split, float("-inf"))
+    # Each bit goes to the sign of its byte, which `prmt` copies to all of a register: two
+    # instructions for a score, and none of the few predicates.
+    shifted = words[:, :, None] << (7 - bit % 8)[None, None, :]
+    byte = (0x8888 + 0x1111 * (bit // 8))[None, None, :]
+    split = gl.inline_asm_elementwise(
+        "{.reg .b32 m; prmt.b32 m, $2, 0, $3; lop3.b32 $0, $1, m, 0xff800000, 0xe2;}",
+        "=f,f,r,r", [split, shifted, byte], gl.float32, True, 1,
+    )  # fmt: skip
     return gl.convert_layout(split.reshape([ROWS, TILE]), s_layout)
 
 
