@@ -306,6 +306,8 @@ def _attend(
                     work, shared, lists, sizes, scale_log2, s_layout, o_layout, by_word,
                     D, STAGES, TURNS, LATE, PERSISTENT, True,
                 )  # fmt: skip
+            # Two by two, or LLVM would unpack and pack them in each step of the next loop.
+            p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], p.dtype, True, 2)
             for step in range(gl.maximum(masked, 1), steps):
                 acc, total, peak, p, shrink, stage, phase = _step(
                     me, q, step, (acc, total, peak, p, shrink, stage, phase),
