@@ -2,11 +2,12 @@
 
     python -m recipes.tiny_joint.train tiny-flux --output dit_accel/models/tiny-flux
 
-Stages, each of which leaves a file in the work folder and is skipped when that is there: `text`
+Stages, each of which leaves files in the work folder and is skipped when they are there: `text`
 teaches the text encoders which words belong together, `vae` trains the autoencoder, `latents` draws
 and encodes scenes, `dit` trains the transformer and writes the pipeline, every few minutes as far
 as it is. A run that was cut short, or that `--deadline-s` ended, goes on from its last checkpoint
-when started again.
+when started again. With several GPUs, stages and sizes (`--buckets`) can run side by side, and
+`--stages rehearse` tries the transformer's steps on noise, which fills the compiler's cache.
 """
 
 import argparse
@@ -48,7 +49,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, help="folder of intermediate files (default: OUTPUT.work)"
     )
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="only these")
+    parser.add_argument(
+        "--stages", nargs="+", choices=(*STAGES, "rehearse"), default=STAGES, help="only these"
+    )
+    parser.add_argument("--buckets", nargs="+", help="only these sizes in the stage latents")
     parser.add_argument("--text-seconds", type=float, default=90)
     parser.add_argument("--vae-seconds", type=float, default=150)
     parser.add_argument("--dit-seconds", type=float, default=1000)
@@ -119,19 +123,26 @@ class Run:
         vae = self.model.load_autoencoder(self.work / "vae").to(self.device)
         draw = self.model.world.make_renderer(compiled=self.device == "cuda")
         started = time.monotonic()
-        stored = {}
         for i, bucket in enumerate(self.buckets):
+            path = self.latents(bucket)
+            if path.exists() or bucket.name not in (self.args.buckets or [bucket.name]):
+                continue
             held_out = bucket.encode_batch * VALIDATION_BATCHES
-            stored[bucket.name] = {
+            stored = {
                 "train": self._encode(vae, draw, bucket, bucket.scenes, 11 + i),
                 "held out": self._encode(vae, draw, bucket, held_out, 1011 + i),
             }
+            torch.save(stored, path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
             self.log(f"latents: {bucket.scenes} scenes of {bucket.name}")
-        torch.save(stored, self.work / "latents.pt")
         self.note(
             scenes={b.name: b.scenes for b in self.buckets},
             latents_s=round(time.monotonic() - started),
         )
+
+    def latents(self, bucket: Bucket) -> Path:
+        """The file of a bucket's encoded scenes."""
+        return self.work / f"latents-{bucket.name}.pt"
 
     @torch.no_grad()
     def _encode(self, vae, draw: Callable, bucket: Bucket, count: int, seed: int):
@@ -174,10 +185,35 @@ class Run:
             parts.append([t.bfloat16() if t.is_floating_point() else t for t in made])
         return tuple(torch.cat(p) for p in zip(*parts, strict=True))
 
+    def _prepare(
+        self, trainer: Trainer, pipe: DiffusionPipeline, bucket: Bucket, latents, captions
+    ) -> None:
+        """Make the training steps of a bucket; the first one is also trained without guidance."""
+        words = self._embed(pipe, captions, bucket.text_length)
+        empty = self._embed(pipe, [""], bucket.text_length)
+        guided = self.model.guidance is not None
+        for value in sorted({False, guided} if bucket is self.buckets[0] else {guided}):
+            trainer.add(bucket, latents, words, empty, guided=value)
+
+    def rehearse(self) -> None:
+        """Take a few steps of every size on noise."""
+        model = self.model
+        transformer = model.make_transformer(self.args.smoke)
+        initialise(transformer)
+        pipe = model.make_pipeline(model.make_text(), None, None).to(self.device)
+        trainer = Trainer(model, transformer, self.device, self.log)
+        for bucket in self.buckets:
+            shape = (2 * bucket.batch, *model.latent_shape(bucket.size))
+            noise = torch.randn(shape, device=self.device).bfloat16()
+            self._prepare(trainer, pipe, bucket, noise, ["a red circle"] * len(noise))
+        trainer.measure(self.log)
+
     def train_transformer(self) -> None:
         """Stage `dit`."""
         args, model = self.args, self.model
-        stored = torch.load(self.work / "latents.pt", map_location=self.device)
+        stored = {
+            b.name: torch.load(self.latents(b), map_location=self.device) for b in self.buckets
+        }
         text = self.load_text()
         transformer = model.make_transformer(args.smoke)
         torch.manual_seed(2)
@@ -189,17 +225,10 @@ class Run:
             trainer.load(checkpoint)
             self.log(f"transformer: goes on from step {trainer.done}")
         held_out = {}
-        for i, bucket in enumerate(self.buckets):
-            latents, captions = stored[bucket.name]["train"]
-            words = self._embed(pipe, captions, bucket.text_length)
-            empty = self._embed(pipe, [""], bucket.text_length)
-            if i == 0:
-                trainer.add(bucket, latents, words, empty, guided=False)
-            if i or model.guidance is not None:
-                trainer.add(bucket, latents, words, empty, guided=model.guidance is not None)
+        for bucket in self.buckets:
+            self._prepare(trainer, pipe, bucket, *stored[bucket.name]["train"])
             latents, captions = stored[bucket.name]["held out"]
             held_out[bucket] = latents, self._embed(pipe, captions, bucket.text_length)
-        deadline = None if args.deadline_s is None else self.started + args.deadline_s
 
         def save() -> torch.nn.Module:
             """Write a pipeline of the averaged weights and what is needed to go on."""
@@ -241,7 +270,7 @@ def main() -> None:
     args = arguments()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    # With three heads of 64, cuDNN's attention reads outside its inputs (torch 2.11, H200).
+    # Runs with cuDNN's attention ended in illegal reads; its part in them is not proven.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch._dynamo.config.recompile_limit = 64
     run = Run(args)
@@ -249,8 +278,10 @@ def main() -> None:
         run.teach_text()
     if "vae" in args.stages and not (run.work / "vae").exists():
         run.train_autoencoder()
-    if "latents" in args.stages and not (run.work / "latents.pt").exists():
+    if "latents" in args.stages and not all(run.latents(b).exists() for b in run.buckets):
         run.encode_scenes()
+    if "rehearse" in args.stages:
+        run.rehearse()
     if "dit" in args.stages:
         run.train_transformer()
 
