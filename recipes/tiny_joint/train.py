@@ -6,14 +6,16 @@ Stages, each of which leaves files in the work folder and is skipped when they a
 teaches the text encoders which words belong together, `vae` trains the autoencoder, `latents` draws
 and encodes scenes, `dit` trains the transformer and writes the pipeline, every few minutes as far
 as it is. A run that was cut short, or that `--deadline-s` ended, goes on from its last checkpoint
-when started again. With several GPUs, stages and sizes (`--buckets`) can run side by side, and
-`--stages rehearse` tries the transformer's steps on noise, which fills the compiler's cache.
+when started again; `--start FOLDER` keeps a saved pipeline's autoencoder and text encoders and
+trains its transformer on. With several GPUs, stages and sizes (`--buckets`) can run side by side,
+and `--stages rehearse` tries the transformer's steps on noise, which fills the compiler's cache.
 """
 
 import argparse
 import copy
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +37,7 @@ MODELS: dict[str, type[Model]] = {
     "tiny-sd3": TinySd3,
 }
 STAGES = ("text", "vae", "latents", "dit")
+FACTS = "training.json"  # what the training measured, for the model card
 VALIDATION_BATCHES = 4
 EMBED_BATCH = 256
 
@@ -52,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--stages", nargs="+", choices=(*STAGES, "rehearse"), default=STAGES, help="only these"
     )
+    parser.add_argument("--start", type=Path, help="a saved pipeline of this model to train on")
     parser.add_argument("--buckets", nargs="+", help="only these sizes in the stage latents")
     parser.add_argument("--text-seconds", type=float, default=90)
     parser.add_argument("--vae-seconds", type=float, default=150)
@@ -79,6 +83,20 @@ class Run:
         self.draw = self.model.world.make_renderer()
         self.buckets = self.model.smoke_buckets if args.smoke else self.model.buckets
         self.work.mkdir(parents=True, exist_ok=True)
+        if args.start is not None and not (self.work / "vae").exists():
+            self._take_over(args.start)
+
+    def _take_over(self, folder: Path) -> None:
+        """Bring what a saved pipeline has into the work folder, as if its stages had run here."""
+        shutil.copytree(folder / "vae", self.work / "vae", dirs_exist_ok=True)
+        for name in self.model.make_text():
+            shutil.copytree(folder / name, self.work / "text" / name, dirs_exist_ok=True)
+        facts = json.loads((folder / FACTS).read_text())
+        facts["earlier_s"], facts["earlier_steps"] = (
+            facts["transformer_s"],
+            facts["transformer_steps"],
+        )
+        self.note(**facts)
 
     def log(self, line: str) -> None:
         """Print a line with the time, and keep it in the work folder."""
@@ -89,9 +107,12 @@ class Run:
 
     def note(self, **entries: object) -> None:
         """Keep facts for the model card."""
-        path = self.work / "training.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**known, **entries}, indent=1) + "\n")
+        (self.work / FACTS).write_text(json.dumps({**self.facts(), **entries}, indent=1) + "\n")
+
+    def facts(self) -> dict:
+        """The facts kept so far."""
+        path = self.work / FACTS
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def train_autoencoder(self) -> None:
         """Stage `vae`."""
@@ -216,8 +237,11 @@ class Run:
         }
         text = self.load_text()
         transformer = model.make_transformer(args.smoke)
-        torch.manual_seed(2)
-        initialise(transformer)
+        if args.start is None:
+            torch.manual_seed(2)
+            initialise(transformer)
+        else:
+            transformer = type(transformer).from_pretrained(args.start, subfolder="transformer")
         pipe = model.make_pipeline(text, None, None).to(self.device)
         trainer = Trainer(model, transformer, self.device, self.log)
         checkpoint = self.work / "checkpoint.pt"
@@ -236,7 +260,11 @@ class Run:
             trainer.store_average(averaged)
             save_pipeline(model, text, self.work, averaged, args.output)
             trainer.save(checkpoint)
-            self.note(transformer_steps=trainer.done, transformer_s=round(trainer.spent))
+            self.note(
+                transformer_steps=trainer.done + self.facts().get("earlier_steps", 0),
+                transformer_s=round(trainer.spent) + self.facts().get("earlier_s", 0),
+            )
+            shutil.copy(self.work / FACTS, args.output)
             self.log(f"transformer: saved at step {trainer.done}")
             return averaged
 
@@ -251,6 +279,7 @@ class Run:
             self.log(f"transformer: loss {losses[bucket.name]} on unseen scenes of {bucket.name}")
         gpu = torch.cuda.get_device_name() if self.device == "cuda" else self.device
         self.note(transformer_loss=losses, device=gpu)
+        shutil.copy(self.work / FACTS, args.output)
 
 
 def save_pipeline(model: Model, text: dict, work: Path, transformer, output: Path) -> None:
