@@ -35,7 +35,8 @@ def ssim(first: Tensor, second: Tensor) -> float:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
         raise OptionError("ssim needs torchmetrics: pip install 'dit-accel[eval]'.") from error
-    return float(structural_similarity_index_measure(first, second, data_range=1.0))
+    mean = structural_similarity_index_measure(first, second, data_range=1.0)
+    return float(mean[0] if isinstance(mean, tuple) else mean)
 
 
 def relative_l1(actual: Tensor, expected: Tensor) -> float:
