@@ -98,7 +98,9 @@ def method_of(name: str) -> tuple[str, Row]:
     return method, {**BLOCKS.get(method, {"block_size": BLOCK}), **({**METHODS, **STUDY}[name])}
 
 
-def generate_all(pipe: Any, requests: Sequence[GenerationRequest], batch: int) -> Clips:
+def generate_all(
+    pipe: Any, requests: Sequence[GenerationRequest], batch: int, extra: Row | None = None
+) -> Clips:
     """Generate requests that differ in prompt and seed alone, ``batch`` at once."""
     pipe.set_progress_bar_config(disable=True)
     clips = Clips([], [])
@@ -112,6 +114,7 @@ def generate_all(pipe: Any, requests: Sequence[GenerationRequest], batch: int) -
 
         output = pipe(
             **pipeline_arguments(pipe, now[0]) | {"prompt": [request.prompt for request in now]},
+            **(extra or {}),
             generator=[torch.Generator().manual_seed(request.seed) for request in now],
             output_type="pt",
             callback_on_step_end=keep,
@@ -122,11 +125,11 @@ def generate_all(pipe: Any, requests: Sequence[GenerationRequest], batch: int) -
     return clips
 
 
-def probe_layout(pipe: Any, request: GenerationRequest) -> TokenLayout:
+def probe_layout(pipe: Any, request: GenerationRequest, extra: Row | None = None) -> TokenLayout:
     """Return the tokens of an attention call, as a sparse plan of one step tells."""
     try:
         accelerate_pipeline(pipe, GNA(block_size=BLOCK), **SCHEDULE | {"dense_steps": 0})
-        generate_all(pipe, [replace(request, steps=1)], 1)
+        generate_all(pipe, [replace(request, steps=1)], 1, extra)
         plans = [call.plan for call in acceleration_report(pipe).calls]
         return next(plan.layout for plan in plans if isinstance(plan, BlockSparsePlan))
     finally:
@@ -193,7 +196,7 @@ def measure(pipe: Any, name: str, density: float | str, context: Context) -> Row
                 density = error.least
         method, asked = at_density(name, float(density), context.layout)
         accelerate_pipeline(pipe, method, density=asked, **SCHEDULE)
-        clips = generate_all(pipe, context.requests, context.batch)
+        clips = generate_all(pipe, context.requests, context.batch, context.extra)
         report = acceleration_report(pipe)
     except DensityUnreachableError as error:
         return row | {"unreachable": str(error), "least": error.least}
@@ -244,6 +247,7 @@ class Context:
     layout: TokenLayout
     dense: Clips
     read: Any
+    extra: Row
 
     def compare(self, index: int, clips: Clips) -> Row:
         """Measure one prompt against dense."""
@@ -281,7 +285,13 @@ def measure_model(model: str, args: argparse.Namespace) -> Row:
     ]
     stem = Path(model).name
     content: Row = {"model": stem, "settings": {**settings, "prompts": len(requests)}}
-    content["settings"] |= {"block": BLOCK, "tolerance": TOLERANCE, "dtype": args.dtype, **SCHEDULE}
+    content["settings"] |= {
+        "text_tokens": args.text_tokens,
+        "block": BLOCK,
+        "tolerance": TOLERANCE,
+        "dtype": args.dtype,
+        **SCHEDULE,
+    }
     content |= {"environment": environment(device), "commit": args.commit, "rows": []}
     output = args.output / f"fidelity-{stem}.json"
     if output.exists() and not args.force:
@@ -301,11 +311,12 @@ def measure_model(model: str, args: argparse.Namespace) -> Row:
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     pipe = load_pipeline(model, device=device, dtype=dtype)
     batch = args.batch or (4 if device == "cpu" else 16)
-    layout = probe_layout(pipe, requests[0])
+    extra = {} if args.text_tokens is None else {"max_sequence_length": args.text_tokens}
+    layout = probe_layout(pipe, requests[0], extra)
     content["layout"] = {**asdict(layout), "tokens": layout.num_tokens}
-    dense = generate_all(pipe, requests, batch)
+    dense = generate_all(pipe, requests, batch, extra)
     read = make_reader(world, device)
-    context = Context(requests, entries, batch, layout, dense, read)
+    context = Context(requests, entries, batch, layout, dense, read, extra)
     for name, density in todo:
         start = time.perf_counter()
         row = measure(pipe, name, density, context)
@@ -386,6 +397,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="prompts at once; 16 on a GPU, 4 on a CPU")
     for name in ("steps", "frames", "height", "width"):
         parser.add_argument(f"--{name}", type=int, help="the model's own by default")
+    parser.add_argument(
+        "--text-tokens", type=int, help="the pipeline's max_sequence_length; its own by default"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
