@@ -15,7 +15,7 @@ from dit_accel.kernels.tiles import TileLists, tile_lists_from_dense
 from dit_accel.kernels.tuning import KernelConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cannot do bfloat16")
+needs_gpu = pytest.mark.gpu  # the interpreter cannot do bfloat16
 SMALL = KernelConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
 
 
