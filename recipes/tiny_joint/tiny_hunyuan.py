@@ -24,9 +24,9 @@ class TinyHunyuan(Model):
 
     world = clips
     buckets = (
-        Bucket("33x128", (33, 128, 128), 24_000, 32, 64, 2.0, 0.25, CAPTION_TOKENS),
-        Bucket("33x256", (33, 256, 256), 6_000, 8, 16, 3.0, 0.45, CAPTION_TOKENS),
-        Bucket("61x256", (61, 256, 256), 3_000, 4, 8, 3.0, 0.30, CAPTION_TOKENS),
+        Bucket("33x128", (33, 128, 128), 16_000, 32, 64, 2.0, 0.25, CAPTION_TOKENS),
+        Bucket("33x256", (33, 256, 256), 4_000, 8, 16, 3.0, 0.45, CAPTION_TOKENS),
+        Bucket("61x256", (61, 256, 256), 2_000, 4, 8, 3.0, 0.30, CAPTION_TOKENS),
     )
     smoke_buckets = (
         Bucket("9x32", (9, 32, 32), 8, 4, 4, 2.0, 0.5, CAPTION_TOKENS),
@@ -53,6 +53,11 @@ class TinyHunyuan(Model):
     def load_autoencoder(self, folder):
         """See `Model`."""
         return AutoencoderKLHunyuanVideo.from_pretrained(folder).float().eval()
+
+    def latent_shape(self, size):
+        """See `Model`."""
+        frames, height, width = size
+        return 16, (frames - 1) // 4 + 1, height // 8, width // 8
 
     def make_text(self):
         """See `Model`."""

@@ -66,9 +66,12 @@ def velocity(
 class Trainer:
     """Trains a model's transformer on buckets of latents and embedded captions."""
 
-    def __init__(self, model: Model, transformer: nn.Module, device: str, log: Callable):
+    def __init__(
+        self, model: Model, transformer: nn.Module, device: str, log: Callable, capture: bool = True
+    ):
         self.model, self.transformer = model, transformer.to(device).train()
         self.device, self.log, self.on_gpu = device, log, device == "cuda"
+        self.capture = capture and self.on_gpu
         inner = [
             p
             for n, p in transformer.named_parameters()
@@ -125,7 +128,7 @@ class Trainer:
                     both = tuple(
                         torch.cat((w[:half], n)) for w, n in zip(words, nothing, strict=True)
                     )
-                    with torch.enable_grad():  # not needed, but so the compiled code is the same
+                    with torch.enable_grad():  # not needed, but so no other code is compiled
                         answers = self.velocity(
                             noisy[:half].repeat(2, *[1] * (x.ndim - 1)),
                             sigma[:half].repeat(2),
@@ -146,7 +149,7 @@ class Trainer:
         self.optimizer.set_factor(0.0)  # capturing runs the step twice
         average = [a.clone() for a in self.average.average]
         self.steps[bucket.name, guided] = (
-            captured_if_possible(step, self.log) if self.on_gpu else step
+            captured_if_possible(step, self.log) if self.capture else step
         )
         for mine, kept in zip(self.average.average, average, strict=True):
             mine.copy_(kept)
@@ -205,6 +208,18 @@ class Trainer:
                     f"loss {shown}"
                 )
         return True
+
+    def measure(self, log: Callable, times: int = 20) -> None:
+        """Tell how long each step takes; the learning rate is 0 meanwhile."""
+        self.optimizer.set_factor(0.0)
+        for (name, guided), step in self.steps.items():
+            step()
+            start = time.monotonic()
+            for _ in range(times):
+                step()
+            loss = self.losses[name].item()  # waits for the device
+            spent = 1000 * (time.monotonic() - start) / times
+            log(f"{name}{' guided' if guided else ''}: {spent:.1f} ms a step, loss sum {loss:.3f}")
 
     def save(self, path: Path) -> None:
         """Write all that is needed to go on."""

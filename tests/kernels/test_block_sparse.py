@@ -21,7 +21,7 @@ from dit_accel.kernels.reference import lists_to_mask, masked_attention
 from dit_accel.kernels.tiles import tile_lists_from_dense
 from dit_accel.kernels.tuning import KernelConfig
 
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cannot do bfloat16")
+needs_gpu = pytest.mark.gpu  # the interpreter cannot do bfloat16
 SMALL = KernelConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
 
 
