@@ -92,7 +92,7 @@ def test_guidance_is_learned_from_a_teacher_that_stays_as_it_is(monkeypatch):
     latents = torch.randn(4, *model.latent_shape(bucket.size))
     student.add(bucket, latents, (words, pooled), (words[:1], pooled[:1]), guided=True)
     student.train(0.5, None, save=lambda: None, save_every_s=60)
-    assert student.done > 1
+    assert student.done >= 1
     kept = zip(before, student.teacher.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in kept)
     assert any(not torch.equal(a, b) for a, b in zip(before, transformer.parameters(), strict=True))
