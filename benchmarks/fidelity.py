@@ -77,7 +77,7 @@ STUDY: dict[str, Row] = {
     "psa, levels of ends": {"mode": "top_k"},
     "psa, raster": {"order": "raster"},
     "psa, plans serve 4 steps": {"refresh_every": 4},
-    "rectified, plans serve 4 steps": {"refresh_every": 4},
+    "rectified, no neighbours, plans serve 4 steps": {"neighbours": False, "refresh_every": 4},
     "pisa, plans serve 4 steps": {"refresh_every": 4},
 }
 """Variants for decisions: measured at `STUDY_DENSITIES` only."""
@@ -334,7 +334,7 @@ def measure_model(model: str, args: argparse.Namespace) -> Row:
 
 def line(row: Row) -> str:
     """One row for a terminal."""
-    text = f"{row['method']:36s} {row['density']!s:5s} "
+    text = f"{row['method']:46s} {row['density']!s:5s} "
     for key in ("unreachable", "failed"):
         if key in row:
             return text + f"{key}: {row[key]}"
