@@ -240,6 +240,9 @@ class Runtime:
         method, order = running.method, running.wanted
         if self.density == 1:
             return DensePlan("density=1", order)
+        if not isinstance(method, StaticMethod):
+            # Some layers see the video alone, and samples have texts of different lengths.
+            method = self._method_for(call.layout)
         if isinstance(method, SelectingMethod) and method.refresh_every > 1:
             return self._reused_plan(query, key, value, call, method, running)
         if not isinstance(method, StaticMethod):

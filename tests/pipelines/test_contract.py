@@ -93,6 +93,16 @@ def test_pooled_remainder_is_nearer_to_dense(subject, method):
 
 
 @pytest.mark.parametrize("method", ["psa", "rectified", "pisa"])
+def test_every_call_has_the_density_that_was_asked_for(subject, method):
+    """Also where some layers see the video alone."""
+    options = SPARSE_OPTIONS[method]
+    accelerate_pipeline(subject.pipe, method, density=0.85, **options, **EVERYWHERE)
+    subject.run()
+    for call in acceleration_report(subject.pipe).calls:
+        assert call.density == pytest.approx(0.85, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["psa", "rectified", "pisa"])
 def test_a_plan_serves_as_many_steps_as_asked_for(subject, method, monkeypatch):
     options = SPARSE_OPTIONS[method]
     choices = []
