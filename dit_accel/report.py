@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_accel.kinds import Method
 from dit_accel.plan import BlockSparsePlan, DensePlan, PastJointPlan
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ class AccelerationReport:
     """What `acceleration_report` returns; prints as a table.
 
     Attributes:
-        method: name of the method.
-        options: its options as resolved.
+        methods: the methods, their options as resolved.
         family: model family.
         settings: where schedule and options came from, and the schedule itself.
         calls: one record per attention call of the last generation.
@@ -83,14 +83,23 @@ class AccelerationReport:
         notes: fallbacks and warnings.
     """
 
-    method: str
-    options: dict[str, Any]
+    methods: tuple[Method, ...]
     family: str
     settings: dict[str, Any]
     calls: tuple[CallRecord, ...]
     forward_s: dict[int | None, float]
     rejected: dict[str, str]
     notes: tuple[str, ...]
+
+    @property
+    def method(self) -> str:
+        """The methods' names."""
+        return " + ".join(method.name for method in self.methods)
+
+    @property
+    def options(self) -> dict[str, dict[str, Any]]:
+        """The methods' options as resolved, by name of the method."""
+        return {method.name: asdict(method) for method in self.methods}
 
     @property
     def density(self) -> float | None:

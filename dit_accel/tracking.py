@@ -46,6 +46,21 @@ class CallTracker:
         self._last_index = -1
         self._calls_in_step = 0
         self._generation = 0
+        self._held: Moment | None = None
+
+    @contextmanager
+    def hold(self, moment: Moment) -> Iterator[None]:
+        """Make `advance` answer ``moment`` meanwhile.
+
+        For whoever runs a transformer more or less often than the pipeline asks for: call
+        `advance` once per call of the pipeline, and hold its answer, or one with another branch
+        such as "perturbed", around each run.
+        """
+        before, self._held = self._held, moment
+        try:
+            yield
+        finally:
+            self._held = before
 
     def watch(self, transformer: nn.Module) -> Callable[[], None]:
         """Listen to the names that pipelines give their calls; return how to stop."""
@@ -71,6 +86,8 @@ class CallTracker:
         Args:
             timestep: the transformer's ``timestep`` argument.
         """
+        if self._held is not None:
+            return self._held
         timesteps: Any = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         index = self._index(timestep, timesteps)
         if index is None or timesteps is None:

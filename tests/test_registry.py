@@ -71,8 +71,8 @@ def test_presets_reach_the_method_and_the_schedule():
     pipe = TINY_PIPELINES["wan22"][0]()
     accelerate_pipeline(pipe, "radial", decay=0.5)
     report = acceleration_report(pipe)
-    assert report.options["block_size"] == 64  # Wan 2.2's published setting
-    assert report.options["decay"] == 0.5  # the user's
+    assert report.options["radial"]["block_size"] == 64  # Wan 2.2's published setting
+    assert report.options["radial"]["decay"] == 0.5  # the user's
     assert report.settings["dense_steps"][0] == 11 / 40
     assert "Wan2.2" in report.settings["preset"]
     assert preset_for("wan", method="sliding_window") is DEFAULT

@@ -1,6 +1,6 @@
 """The page itself: controls on the left, what came of them on the right.
 
-The controls of a method are made from its dataclass, so that a new method appears by itself.
+The controls of methods are made from their dataclasses, so that a new one appears by itself.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dit_accel.demo.controls import (
     PUBLISHED,
     SETTINGS,
     Controls,
+    chosen_methods,
     option_controls,
     recommended,
     request_controls,
@@ -21,6 +22,7 @@ from dit_accel.demo.runner import Outcome, Runner
 from dit_accel.errors import DitAccelError
 from dit_accel.files import VIDEO_SUFFIX
 from dit_accel.generation import GenerationRequest, Result
+from dit_accel.kinds import KINDS
 
 INTRO = """# dit-accel
 Sparse attention makes video generation faster, at some cost in fidelity. See how much of each."""
@@ -39,12 +41,14 @@ def build_page(runner: Runner | None = None) -> gr.Blocks:
         with left:
             controls = request_controls()
             button = gr.Button("Generate", variant="primary")
-            with gr.Accordion("Options of the method, schedule and backend", open=False):
+            with gr.Accordion("Options of the methods, schedule and backend", open=False):
                 gr.Markdown(f"What is left empty is {PUBLISHED} for the model.")
 
-                @gr.render(inputs=controls["method"])
-                def options(method: str) -> None:
-                    own = option_controls(method)
+                kinds = [kind for kind in KINDS if kind in controls]
+
+                @gr.render(inputs=[controls[kind] for kind in kinds])
+                def options(*methods: str) -> None:
+                    own = option_controls(chosen_methods(dict(zip(kinds, methods, strict=True))))
 
                     # gradio finds the default and passes the progress bar of this request.
                     def press(
@@ -84,7 +88,7 @@ def generate(
     Args:
         runner: who does it.
         given: values of all controls by name.
-        options: which of them are the method's options and those of every method.
+        options: which of them are options of the methods.
         progress: a ``gr.Progress``.
 
     Raises:
@@ -106,7 +110,7 @@ def generate(
         )
         return runner.run(
             given["model"] or "",
-            given["method"],
+            chosen_methods(given),
             assignments,
             request,
             compare=given["compare"],

@@ -1,0 +1,150 @@
+"""The seam between an acceleration and its cache or guidance.
+
+Who runs a block: the transformer calls its blocks as ever; an `Interception` stands in front of
+those that a session names, and the session decides what runs. Nothing of the block changes: its
+hooks, its offloading and its compiled graph lie behind the interception.
+
+How state is keyed: by `Forward.key`, the transformer and the name of the guidance branch ("cond",
+"uncond", "cond_uncond", "perturbed", ...), never by the parity of calls.
+
+When state ends: `Session.begin` comes before the first forward of every generation, also after one
+that broke off.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from dit_accel.errors import OptionError
+from dit_accel.pipelines.base import PipelineFamily
+from dit_accel.report import Recorder
+from dit_accel.tracking import CallTracker, Moment
+
+if TYPE_CHECKING:
+    from dit_accel.kinds import Method
+
+Call = Callable[..., Any]
+Run = Callable[..., Any]
+"""``run(inner, *args, **kwargs)``: what happens instead of ``inner(*args, **kwargs)``."""
+
+# torch's Module.__call__ runs this attribute, if set, in place of the module with all its hooks;
+# Module.compile sets it to the compiled module.
+_SLOT = "_compiled_call_impl"
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One run of a transformer.
+
+    Attributes:
+        transformer: which.
+        moment: step, branch and generation.
+        kwargs: the transformer's arguments by name.
+    """
+
+    transformer: nn.Module
+    moment: Moment
+    kwargs: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What state between steps is kept by."""
+        return id(self.transformer), self.moment.branch
+
+
+class Session(ABC):
+    """The working state of one cache or guidance in one acceleration; it dies with that."""
+
+    method: Method
+
+    @abstractmethod
+    def attach(self, transformer: nn.Module, seam: Seam) -> None:
+        """Intercept what has to be; called once per transformer of the pipeline."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Forget everything: a new generation is about to run."""
+
+    def enter(self, forward: Forward) -> None:
+        """A transformer is about to run."""
+        return None
+
+    def leave(self, output: Any) -> None:
+        """It has run; ``output`` is None after an exception."""
+        return None
+
+
+class Seam:
+    """What an acceleration offers to its sessions."""
+
+    def __init__(self, family: PipelineFamily, tracker: CallTracker, recorder: Recorder) -> None:
+        self.family, self.tracker, self.recorder = family, tracker, recorder
+        self._interceptions: dict[nn.Module, Interception] = {}
+
+    def intercept(self, module: nn.Module, run: Run) -> None:
+        """Let ``run`` stand in front of a module's calls; of several, the last is outermost."""
+        if module not in self._interceptions:
+            self._interceptions[module] = Interception(module)
+        self._interceptions[module].runs.append(run)
+
+    def renew(self, transformer: nn.Module) -> None:
+        """Stand in front again of what was compiled since.
+
+        Raises:
+            OptionError: if the transformer was compiled as a whole, which would run past us.
+        """
+        if not self._interceptions:
+            return
+        root = self._interceptions.get(transformer)
+        whole = root.inner if root is not None else transformer.__dict__.get(_SLOT)
+        if whole is not None:
+            raise OptionError(
+                "the transformer is compiled as a whole, so its blocks can't be skipped: compile "
+                "its blocks instead (compile_repeated_blocks, or block.compile() for each)."
+            )
+        for interception in self._interceptions.values():
+            interception.renew()
+
+    def restore(self) -> None:
+        """Take all interceptions away."""
+        for interception in self._interceptions.values():
+            interception.remove()
+        self._interceptions.clear()
+
+
+class Interception:
+    """Stands in front of one module's calls, whatever the module does inside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.runs = module, list[Run]()
+        self.inner: Call | None = None
+        self.renew()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run in place of the module."""
+        call: Call = self.module._call_impl if self.inner is None else self.inner
+        for run in self.runs:
+            call = partial(run, call)
+        return call(*args, **kwargs)
+
+    def renew(self) -> None:
+        """Take the first place again if ``module.compile()`` took it."""
+        current = self.module.__dict__.get(_SLOT)
+        if current is not self:
+            self.inner = current
+            self.module.__dict__[_SLOT] = self
+
+    def remove(self) -> None:
+        """Leave the module as it would be without us."""
+        if self.module.__dict__.get(_SLOT) is not self:
+            return  # compiled since; that stays
+        if self.inner is None:
+            del self.module.__dict__[_SLOT]
+        else:
+            self.module.__dict__[_SLOT] = self.inner
