@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel import compat
-from dit_accel.caching.base import Cache
 from dit_accel.composition import MethodChoice, check_general, compose, members
 from dit_accel.errors import ContextParallelError, OptionError, UnknownPipelineError
 from dit_accel.kinds import Method
@@ -27,6 +26,7 @@ from dit_accel.registry import family_class, list_families, method_class
 from dit_accel.report import AccelerationReport, forward_seconds
 from dit_accel.runtime import Runtime, warn_switched_off
 from dit_accel.schedule import Schedule, Steps
+from dit_accel.session import SessionMethod
 
 _ATTRIBUTE = "_dit_accel"
 _UNSET = object()
@@ -78,9 +78,7 @@ def accelerate_pipeline(
     variants = family.variants(pipe)
     chosen, notes = _settle_auto(members(method), variants)
     methods = compose(chosen, options, lambda name: preset_for(*variants, method=name).options)
-    attention, cache = methods.get("attention"), methods.get("cache")
-    if not isinstance(attention, AttentionMethod | None) or not isinstance(cache, Cache | None):
-        raise OptionError(f"method={method!r}: a class claims a kind that it is not of.")
+    attention = next((m for m in methods.values() if isinstance(m, AttentionMethod)), None)
     general = {"density": density, "dense_steps": dense_steps, "dense_layers": dense_layers}
     check_general(chosen, {**general, "min_tokens": min_tokens, "backend": backend})
     check_backend(backend)
@@ -94,8 +92,8 @@ def accelerate_pipeline(
     )
     runtime = Runtime(pipe, family, attention, schedule, backend, density)
     runtime.recorder.notes += notes
-    if cache is not None:
-        runtime.sessions = (cache.session(pipe, runtime),)
+    acting = [m for m in methods.values() if isinstance(m, SessionMethod)]
+    runtime.sessions = tuple(method.session(pipe, runtime.seam) for method in acting)
     acceleration = Acceleration(pipe, runtime, tuple(methods.values()), preset.source)
     restore_pipeline(pipe)
     acceleration.attach()
@@ -207,7 +205,7 @@ class Acceleration:
         self._undo.append(runtime.tracker.watch(transformer))
         self._undo.append(runtime.seam.restore)
         for session in runtime.sessions:
-            session.attach(transformer, runtime.seam)
+            session.attach(transformer)
 
         @torch.compiler.disable
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

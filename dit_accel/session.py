@@ -17,17 +17,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from dit_accel.errors import OptionError
+from dit_accel.kinds import Method
 from dit_accel.pipelines.base import PipelineFamily
 from dit_accel.report import Recorder
 from dit_accel.tracking import CallTracker, Moment
-
-if TYPE_CHECKING:
-    from dit_accel.kinds import Method
 
 Call = Callable[..., Any]
 Run = Callable[..., Any]
@@ -58,13 +56,24 @@ class Forward:
         return id(self.transformer), self.moment.branch
 
 
+@dataclass(frozen=True)
+class SessionMethod(Method):
+    """A method that acts through a session: a cache, or a guidance."""
+
+    @abstractmethod
+    def session(self, pipe: Any, seam: Seam) -> Session:
+        """Return the working state for one acceleration of ``pipe``; nothing is attached yet.
+
+        Raises:
+            OptionError: if the method can do nothing on this pipeline.
+        """
+
+
 class Session(ABC):
     """The working state of one cache or guidance in one acceleration; it dies with that."""
 
-    method: Method
-
     @abstractmethod
-    def attach(self, transformer: nn.Module, seam: Seam) -> None:
+    def attach(self, transformer: nn.Module) -> None:
         """Intercept what has to be; called once per transformer of the pipeline."""
 
     @abstractmethod

@@ -21,13 +21,13 @@ from dit_accel.session import Seam, Session
 class Counting(Session):
     """Counts what the seam tells it, and lets every block run."""
 
-    def __init__(self, method: EveryBlock) -> None:
-        self.method = method
+    def __init__(self, seam: Seam) -> None:
+        self.seam = seam
         self.events: list[Any] = []
 
-    def attach(self, transformer: nn.Module, seam: Seam) -> None:
+    def attach(self, transformer: nn.Module) -> None:
         for block in transformer.blocks:
-            seam.intercept(block, self.run)
+            self.seam.intercept(block, self.run)
 
     def run(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         self.events.append("block")
@@ -48,8 +48,8 @@ class EveryBlock(Cache):
     rate: float = 0.5
     decay: float = 0.1
 
-    def session(self, pipe: Any, runtime: Any) -> Session:
-        return Counting(self)
+    def session(self, pipe: Any, seam: Seam) -> Session:
+        return Counting(seam)
 
 
 @pytest.fixture(autouse=True)
