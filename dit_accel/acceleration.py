@@ -6,7 +6,6 @@ what the tokens are. Everything is undone in reverse by `restore_pipeline`.
 
 from __future__ import annotations
 
-import inspect
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +25,7 @@ from dit_accel.registry import family_class, list_families, method_class
 from dit_accel.report import AccelerationReport, forward_seconds
 from dit_accel.runtime import Runtime, warn_switched_off
 from dit_accel.schedule import Schedule, Steps
-from dit_accel.session import SessionMethod
+from dit_accel.session import SessionMethod, arguments_by_name
 
 _ATTRIBUTE = "_dit_accel"
 _UNSET = object()
@@ -214,7 +213,7 @@ class Acceleration:
             if off:
                 warn_switched_off(runtime, off, len(layers))
             parallel = getattr(layers[0].processor, "_parallel_config", None) is not None
-            named = _by_name(module, args, kwargs)
+            named = arguments_by_name(module, args, kwargs)
             return (), runtime.enter(module, named, len(layers), parallel)
 
         @torch.compiler.disable
@@ -310,16 +309,6 @@ def _compilable(name: str, runtime: Runtime) -> tuple[Callable[..., Tensor], Und
         )
 
     return backend, library._destroy
-
-
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the call's arguments by name."""
-    if not args:
-        return dict(kwargs)
-    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
-    named = dict(bound.arguments)
-    named.pop("self", None)
-    return named
 
 
 def _settle_auto(

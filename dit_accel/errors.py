@@ -31,7 +31,15 @@ class OperatorUnavailableError(DitAccelError, RuntimeError):
 
 
 class DensityUnreachableError(OptionError):
-    """The method has no pattern as sparse as the density that was asked for."""
+    """The method has no pattern as sparse as the density that was asked for.
+
+    Attributes:
+        least: the smallest density that it reaches there.
+    """
+
+    def __init__(self, message: str, least: float) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 class ContextParallelError(DitAccelError, RuntimeError):

@@ -46,12 +46,35 @@ class CallRecord:
         return 1.0 if isinstance(self.plan, DensePlan) else self.plan.block_density
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """One run of a transformer under a cache.
+
+    Attributes:
+        step: denoising step from 0, or None outside a pipeline.
+        branch: guidance branch.
+        ran: per block of the stack, whether it ran.
+        why: why the step ran in full; empty if it reused.
+        value: what the cache's gate compared with its threshold, if it did.
+        attention_reused: attention modules whose output was reused inside blocks that ran.
+    """
+
+    step: int | None
+    branch: str
+    ran: tuple[bool, ...]
+    why: str = ""
+    value: float | None = None
+    attention_reused: int = 0
+
+
 @dataclass
 class Recorder:
     """Collects the records of the running generation. One per acceleration."""
 
     generation: int = -1
     calls: list[CallRecord] = field(default_factory=list)
+    steps: list[StepRecord] = field(default_factory=list)
+    cache_bytes: int = 0
     forwards: list[tuple[int | None, Any, Any]] = field(default_factory=list)
     rejected: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -61,6 +84,8 @@ class Recorder:
         if generation != self.generation:
             self.generation = generation
             self.calls.clear()
+            self.steps.clear()
+            self.cache_bytes = 0
             self.forwards.clear()
 
     def note(self, text: str) -> None:

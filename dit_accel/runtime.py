@@ -37,8 +37,14 @@ class RunningForward:
     mask_explained: bool
     wanted: TokenOrder  # in which the method wants the video tokens
     order: TokenOrder  # in which they are
+    dense_step: bool  # none of its layers is sparse
     transformer: int  # its id
     sample: int = 0  # of the batch, where samples run one by one
+
+    @property
+    def regime(self) -> tuple[TokenOrder, bool]:
+        """See `Forward.regime`."""
+        return self.order, self.dense_step
 
 
 class Runtime:
@@ -86,8 +92,9 @@ class Runtime:
         if self.method is not None:
             kwargs = self._enter_attention(transformer, kwargs, moment, num_layers, parallel)
         self.seam.renew(transformer)
+        regime = None if self._running is None else self._running.regime
         for session in self.sessions:
-            session.enter(Forward(transformer, moment, kwargs))
+            session.enter(Forward(transformer, moment, kwargs, regime))
         self._started = moment, _mark(kwargs["hidden_states"])
         return kwargs
 
@@ -120,7 +127,11 @@ class Runtime:
             )
         method = self._method_for(layout)
         wanted = method.token_order(layout.grid)
-        order = self._reorder(inputs, wanted, moment, parallel, kwargs["hidden_states"].device)
+        call = AttentionCall(layout, step=moment.step, num_steps=moment.num_steps)
+        dense_step = self.schedule.dense_step_reason(call) is not None
+        order = RASTER
+        if not dense_step:
+            order = self._reorder(inputs, wanted, parallel, kwargs["hidden_states"].device)
         self._running = RunningForward(
             inputs.layouts,
             method,
@@ -129,6 +140,7 @@ class Runtime:
             inputs.mask_explained,
             wanted,
             order,
+            dense_step,
             id(transformer),
         )
         return inputs.kwargs
@@ -137,15 +149,11 @@ class Runtime:
         self,
         inputs: ForwardInputs,
         wanted: TokenOrder,
-        moment: Moment,
         parallel: bool,
         device: torch.device,
     ) -> TokenOrder:
         """Put this forward's tokens into the wanted order if possible; return their order."""
         layout = inputs.layouts[0]
-        call = AttentionCall(layout, step=moment.step, num_steps=moment.num_steps)
-        if self.schedule.dense_step_reason(call):
-            return RASTER
         if wanted.is_raster and not inputs.tail_first:
             return RASTER
         reason = "context parallelism is on" if parallel else inputs.keep_order

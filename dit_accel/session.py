@@ -13,6 +13,7 @@ that broke off.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,11 +45,14 @@ class Forward:
         transformer: which.
         moment: step, branch and generation.
         kwargs: the transformer's arguments by name.
+        regime: how its attention runs and in which order its tokens are; what was kept under
+            another regime is of no use.
     """
 
     transformer: nn.Module
     moment: Moment
     kwargs: Mapping[str, Any]
+    regime: Any = None
 
     @property
     def key(self) -> tuple[int, str]:
@@ -110,9 +114,7 @@ class Seam:
         """
         if not self._interceptions:
             return
-        root = self._interceptions.get(transformer)
-        whole = root.inner if root is not None else transformer.__dict__.get(_SLOT)
-        if whole is not None:
+        if is_compiled(transformer):
             raise OptionError(
                 "the transformer is compiled as a whole, so its blocks can't be skipped: compile "
                 "its blocks instead (compile_repeated_blocks, or block.compile() for each)."
@@ -157,3 +159,21 @@ class Interception:
             del self.module.__dict__[_SLOT]
         else:
             self.module.__dict__[_SLOT] = self.inner
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, interceptions aside."""
+    slot = module.__dict__.get(_SLOT)
+    return (slot.inner if isinstance(slot, Interception) else slot) is not None
+
+
+def arguments_by_name(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a call's arguments by name."""
+    if not args:
+        return dict(kwargs)
+    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+    named = dict(bound.arguments)
+    named.pop("self", None)
+    return named

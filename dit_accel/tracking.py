@@ -26,12 +26,14 @@ class Moment:
         num_steps: number of steps that run; None if unknown.
         branch: "cond", "uncond", "cond_uncond" or the pipeline's own name.
         generation: counts generations from 0.
+        times: the scheduler's timesteps that run, one per step; empty if unknown.
     """
 
     step: int | None
     num_steps: int | None
     branch: str
     generation: int
+    times: tuple[float, ...] = ()
 
 
 class CallTracker:
@@ -42,6 +44,7 @@ class CallTracker:
         self._named_branch: str | None = None
         self._named_step: int | None = None
         self._timesteps: Tensor | None = None
+        self._times: tuple[float, ...] = ()
         self._first_index = 0
         self._last_index = -1
         self._calls_in_step = 0
@@ -97,6 +100,7 @@ class CallTracker:
             # Image-to-image generations begin in the middle of the schedule.
             self._generation += self._timesteps is not None
             self._timesteps, self._first_index, self._last_index = timesteps, index, -1
+            self._times = tuple(timesteps.tolist())[index:]
         self._calls_in_step = self._calls_in_step + 1 if index == self._last_index else 0
         self._last_index = index
         return Moment(
@@ -104,6 +108,7 @@ class CallTracker:
             len(timesteps) - self._first_index,
             self._branch(),
             self._generation,
+            self._times,
         )
 
     def _index(self, timestep: Tensor | None, timesteps: Tensor | None) -> int | None:

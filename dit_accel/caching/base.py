@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from dit_accel.errors import OptionError
 from dit_accel.session import SessionMethod
 
 
@@ -13,3 +14,17 @@ class Cache(SessionMethod):
     """Keeps what a transformer computed in earlier steps. Its options are its fields."""
 
     kind: ClassVar[str] = "cache"
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Raise `OptionError` unless ``value`` is an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise OptionError(f"{name}={value!r} must be an integer of at least {least}.")
+
+
+def check_threshold(name: str, value: float, most: float = float("inf")) -> None:
+    """Raise `OptionError` unless ``value`` is a finite number in [0, ``most``]."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= most or value == float("inf"):
+        limit = "" if most == float("inf") else f" and at most {most}"
+        raise OptionError(f"{name}={value!r} must be a finite number, at least 0{limit}.")

@@ -170,10 +170,11 @@ def unreachable(
     method: StaticMethod, density: float, layout: TokenLayout, least: float
 ) -> Exception:
     """Return the error that says how sparse ``method`` can be at most on ``layout``."""
-    reachable = math.ceil(least * 1e4) / 1e4  # rounded up, so that asking for it works
+    reachable = min(math.ceil(least * 1e4) / 1e4, 1.0)  # rounded up, so that asking for it works
     text = f" and {layout.text_length} text tokens" if layout.text_length else ""
     return DensityUnreachableError(
         f"density={density} is out of reach: on grid {layout.grid}{text}, method {method.name!r} "
-        f"with block_size={method.block_size} keeps at least {min(reachable, 1.0)}. Ask for that, "
-        "or choose a smaller block_size."
+        f"with block_size={method.block_size} keeps at least {reachable}. Ask for that, "
+        "or choose a smaller block_size.",
+        reachable,
     )

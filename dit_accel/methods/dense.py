@@ -32,6 +32,7 @@ class Dense(AttentionMethod):
         check_density(density)
         if density < 1:
             raise DensityUnreachableError(
-                f"density={density} is out of reach: method 'dense' keeps every pair (density 1)."
+                f"density={density} is out of reach: method 'dense' keeps every pair (density 1).",
+                least=1.0,
             )
         return self

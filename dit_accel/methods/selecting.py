@@ -240,7 +240,8 @@ class SelectingMethod(AttentionMethod):
         return DensityUnreachableError(
             f"density={density} is out of reach: on grid {layout.grid}{text}, method "
             f"{self.name!r} with key blocks of {self.block_sizes[1]} tokens keeps at least {least} "
-            f"(it reaches {least} to 1). Ask for that, or choose {self.remedy}."
+            f"(it reaches {least} to 1). Ask for that, or choose {self.remedy}.",
+            least,
         )
 
     def _statistics(
