@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from dit_accel.call import AttentionCall, TokenLayout
-from dit_accel.errors import DensityUnreachableError, DitAccelError
+from dit_accel.errors import DitAccelError
 from dit_accel.operators import choose_operator, make_operators
 from dit_accel.plan import BlockSparsePlan
 from dit_accel.registry import resolve_method

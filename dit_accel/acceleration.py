@@ -20,6 +20,7 @@ from dit_accel.kinds import Method
 from dit_accel.methods.base import AttentionMethod, check_density
 from dit_accel.operators import check_backend
 from dit_accel.pipelines.base import PipelineFamily, Undo
+from dit_accel.policy import policy_rows
 from dit_accel.presets import DEFAULT, Preset, auto_method, preset_for
 from dit_accel.registry import family_class, list_families, method_class
 from dit_accel.report import AccelerationReport, forward_seconds
@@ -175,6 +176,7 @@ class Acceleration:
     def report(self) -> AccelerationReport:
         """Sum up the last generation."""
         runtime, schedule = self.runtime, self.runtime.schedule
+        recorder = runtime.recorder
         return AccelerationReport(
             methods=self.methods,
             family=runtime.family.name,
@@ -186,15 +188,19 @@ class Acceleration:
                 "min_tokens": schedule.min_tokens,
                 "backend": runtime.backend,
             },
-            calls=tuple(runtime.recorder.calls),
-            forward_s=forward_seconds(runtime.recorder.forwards),
-            rejected=dict(runtime.recorder.rejected),
-            notes=tuple(runtime.recorder.notes),
+            calls=tuple(recorder.calls),
+            steps=tuple(recorder.steps),
+            cache_bytes=recorder.cache_bytes,
+            policy=policy_rows(recorder.calls, recorder.steps, recorder.layer_blocks),
+            forward_s=forward_seconds(recorder.forwards),
+            rejected=dict(recorder.rejected),
+            notes=tuple(recorder.notes),
         )
 
     def _attach_transformer(self, transformer: nn.Module) -> None:
         runtime = self.runtime
         layers = runtime.family.attention_layers(transformer)
+        runtime.recorder.layer_blocks = _blocks_of(layers, runtime.family.blocks(transformer))
         member = None
         if runtime.method is not None:
             self._undo += runtime.family.install_processors(transformer)
@@ -226,6 +232,12 @@ class Acceleration:
         )
         self._undo += runtime.family.install_shuffle(transformer, runtime.shuffle)
         self._undo.append(transformer.register_forward_hook(leave, always_call=True).remove)
+
+
+def _blocks_of(layers: list[Any], blocks: list[nn.Module]) -> tuple[int | None, ...]:
+    """Return the index of the block that each attention layer is part of."""
+    owner = {id(module): index for index, block in enumerate(blocks) for module in block.modules()}
+    return tuple(owner.get(id(layer)) for layer in layers)
 
 
 def _attach_layer(layer: Any, index: int, member: Any, runtime: Runtime) -> Undo:

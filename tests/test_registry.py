@@ -34,7 +34,7 @@ def third_party(monkeypatch):
 
 def test_built_in_methods_and_families():
     names = ["dense", "gna", "pisa", "psa", "radial", "rectified", "sliding_window"]
-    assert registry.list_methods() == names
+    assert registry.list_methods("attention") == names
     assert registry.list_families() == ["flux", "hunyuan_video", "sd3", "wan"]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dit_accel.errors import OptionError
-from dit_accel.session import SessionMethod
+from dit_accel.session import Seam, SessionMethod
 
 
 @dataclass(frozen=True)
@@ -28,3 +28,13 @@ def check_threshold(name: str, value: float, most: float = float("inf")) -> None
     if not number or not 0 <= value <= most or value == float("inf"):
         limit = "" if most == float("inf") else f" and at most {most}"
         raise OptionError(f"{name}={value!r} must be a finite number, at least 0{limit}.")
+
+
+def few_steps(min_steps: int) -> str:
+    """Return why a short generation runs in full."""
+    return f"a generation of fewer than {min_steps} steps (min_steps)"
+
+
+def note_idle(seam: Seam, cache: Cache, why: str) -> None:
+    """Say in the report that a cache did nothing."""
+    seam.recorder.note(f"{cache.name} skipped nothing: {why}")

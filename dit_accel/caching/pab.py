@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dit_accel import compat
-from dit_accel.caching.base import Cache, check_count
+from dit_accel.caching.base import Cache, check_count, few_steps, note_idle
 from dit_accel.errors import OptionError
 from dit_accel.report import StepRecord
 from dit_accel.session import Forward, Seam, Session, is_compiled
@@ -88,11 +88,16 @@ class PABSession(Session):
         moment, low_high = forward.moment, self.cache.window
         self._forward, self._reused = forward, 0
         step, total = moment.step, moment.num_steps or 0
-        inside = step is not None and 0 < step < total - 1 and total >= self.cache.min_steps
+        inside = step is not None and 0 < step < total - 1
+        if total < self.cache.min_steps:
+            note_idle(self.seam, self.cache, few_steps(self.cache.min_steps))
+            inside = False
         self._inside = inside and low_high[0] < moment.times[step or 0] < low_high[1]
         before = (None if step is None else step - 1, forward.regime)
         if self._last.get(forward.key) != before or not self._inside:
-            self._kept.pop(forward.key, None)
+            # A branch may have been kept by another transformer until the step before.
+            for key in [key for key in self._kept if key[1] == moment.branch]:
+                del self._kept[key]
 
     def leave(self, output: Any) -> None:
         """See `Session.leave`."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel import compat
-from dit_accel.caching.base import Cache, check_count
+from dit_accel.caching.base import Cache, check_count, few_steps, note_idle
 from dit_accel.caching.gates import Gate, Limits, Look
 from dit_accel.caching.predictors import Predictor, When
 from dit_accel.errors import OptionError
@@ -308,8 +308,8 @@ class StackSession(Session):
         if moment.step is None or moment.num_steps is None:
             return "no known step"
         if moment.num_steps < self.cache.min_steps:
-            why = f"a generation of fewer than {self.cache.min_steps} steps (min_steps)"
-            self.seam.recorder.note(f"{self.cache.name} skipped nothing: {why}")
+            why = few_steps(self.cache.min_steps)
+            note_idle(self.seam, self.cache, why)
             return why
         branch = self._branches.get(forward.key)
         if branch is not None and branch.last_step == moment.step:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel import compat
-from dit_accel.caching.base import Cache, check_count
+from dit_accel.caching.base import Cache, check_count, few_steps, note_idle
 from dit_accel.report import StepRecord
 from dit_accel.schedule import Steps, check_steps, count_steps
 from dit_accel.session import Seam, Session, arguments_by_name
@@ -53,7 +53,7 @@ class UnconditionalCache(Cache):
     def runs_both(self, moment: Moment, refreshed: int) -> bool:
         """Whether this step runs both passes; ``refreshed`` is the last step that did."""
         step, total = moment.step, moment.num_steps or 0
-        if step is None or total < self.min_steps:
+        if step is None:
             return True
         first = max(count_steps(self.first_steps, total), 1)
         last = total - count_steps(self.last_steps, total)
@@ -105,12 +105,16 @@ class UnconditionalSession(Session):
         if moment.branch in ("cond", "uncond"):
             self._record(moment, True, transformer)
         if moment.branch == "cond":
-            self._cond = None if _is_last(moment) else _sample(output)
-            if _is_last(moment) and self._passes_skipped is None:
-                self.seam.recorder.note(
-                    f"{self.cache.name} skipped nothing: there was no unconditional pass"
-                )
+            self._cond = _sample(output)
+            if _is_last(moment):
+                self._end()
         return output
+
+    def _end(self) -> None:
+        """Let go of everything: the last step is under way."""
+        self._kept = self._cond = None
+        if self._passes_skipped is None:
+            note_idle(self.seam, self.cache, "there was no unconditional pass")
 
     def _alone(
         self,
@@ -158,6 +162,9 @@ class UnconditionalSession(Session):
     def _usable(self, transformer: nn.Module, moment: Moment, like: Tensor) -> Tensor | None:
         """Return the kept difference if this step may do with it."""
         kept = self._kept
+        if (moment.num_steps or 0) < self.cache.min_steps:
+            note_idle(self.seam, self.cache, few_steps(self.cache.min_steps))
+            return None
         if kept is None or kept.transformer != id(transformer):
             return None
         if kept.difference.shape != like.shape or self.cache.runs_both(moment, kept.step):

@@ -23,6 +23,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.files import VIDEO_SUFFIX
 from dit_accel.generation import GenerationRequest, Result
 from dit_accel.kinds import KINDS
+from dit_accel.policy import LEGEND, policy_text
 
 INTRO = """# dit-accel
 Sparse attention makes video generation faster, at some cost in fidelity. See how much of each."""
@@ -133,7 +134,7 @@ def present(outcome: Outcome) -> dict[str, Any]:
         for kind, visible in (("video", video), ("image", not video)):
             value = path if visible else None
             shown[f"{name}_{kind}"] = gr.update(value=value, label=label, visible=visible)
-    table = report.__rich__()
+    table = report.tables()[0]
     rows = [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
     shown["figures"] = figures(result)
     headers = [str(column.header) for column in table.columns]
@@ -141,6 +142,8 @@ def present(outcome: Outcome) -> dict[str, Any]:
         value={"headers": headers, "data": rows}, label=str(table.title), visible=True
     )
     shown["remarks"] = str(table.caption or "")
+    if report.steps:
+        shown["remarks"] += f"\n\n{LEGEND}\n\n```\n{policy_text(report.policy)}\n```"
     shown["mask"] = gr.update(value=outcome.mask, visible=outcome.mask is not None)
     shown["code"] = outcome.code
     return shown
@@ -149,7 +152,12 @@ def present(outcome: Outcome) -> dict[str, Any]:
 def figures(result: Result) -> str:
     """Return the measured figures as Markdown."""
     report, runs = result.report, {result.report.method: result.accelerated}
-    head = f"density {report.block_density:.3f}"
+    done = []
+    if report.block_density is not None:
+        done.append(f"density {report.block_density:.3f}")
+    if report.blocks_skipped is not None:
+        done.append(f"{report.blocks_skipped:.1%} of blocks skipped")
+    head = " · ".join(done)
     speedups = ""
     if result.dense is not None:
         runs = {"dense": result.dense, **runs}
@@ -158,10 +166,12 @@ def figures(result: Result) -> str:
         speedups = f"|speed-up|{result.speedup:.2f}x|{result.denoise_speedup:.2f}x|"
     rows = [f"|{name}|{run.total_s:.2f} s|{run.denoise_s:.2f} s|" for name, run in runs.items()]
     table = "\n".join(["||in all|denoising|", "|:--|--:|--:|", *rows, speedups])
-    notes = (
-        f"Times: {result.timing}. Over all calls, dense ones included, {report.block_density:.1%} "
-        f"of the pairs of tokens were computed and {report.density:.1%} attended."
-    )
+    notes = f"Times: {result.timing}."
+    if report.block_density is not None:
+        notes += (
+            f" Over all calls, dense ones included, {report.block_density:.1%} of the pairs of "
+            f"tokens were computed and {report.density:.1%} attended."
+        )
     return f"### {head}\n\n{table}\n\n{notes}"
 
 
