@@ -92,7 +92,7 @@ class ProfilingCache(StackCache):
 
     def gate(self, setting: Setting) -> Gate:
         """Play both schedules through."""
-        first, steps = max(setting.limits.first, setting.start + 1), setting.num_steps
+        first, steps = max(setting.limits.first, setting.start), setting.num_steps
         decreasing = refresh_steps(steps, first, self.longest, self.shortest)
         uniform = refresh_steps(steps, first, self.interval, self.interval)
 
