@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel import compat
+from dit_accel.caching.brought import brought_options
 from dit_accel.composition import MethodChoice, check_general, compose, members
 from dit_accel.errors import ContextParallelError, OptionError, UnknownPipelineError
 from dit_accel.kinds import Method
@@ -77,7 +78,11 @@ def accelerate_pipeline(
     family = family_of(pipe)
     variants = family.variants(pipe)
     chosen, notes = _settle_auto(members(method), variants)
-    methods = compose(chosen, options, lambda name: preset_for(*variants, method=name).options)
+
+    def defaults(name: str) -> dict[str, Any]:
+        return {**preset_for(*variants, method=name).options, **brought_options(pipe, name)}
+
+    methods = compose(chosen, options, defaults)
     attention = next((m for m in methods.values() if isinstance(m, AttentionMethod)), None)
     general = {"density": density, "dense_steps": dense_steps, "dense_layers": dense_layers}
     check_general(chosen, {**general, "min_tokens": min_tokens, "backend": backend})

@@ -50,6 +50,8 @@ class CallTracker:
         self._calls_in_step = 0
         self._generation = 0
         self._held: Moment | None = None
+        self.latest: Moment | None = None
+        """What `advance` last answered."""
 
     @contextmanager
     def hold(self, moment: Moment) -> Iterator[None]:
@@ -89,8 +91,10 @@ class CallTracker:
         Args:
             timestep: the transformer's ``timestep`` argument.
         """
-        if self._held is not None:
-            return self._held
+        self.latest = self._held if self._held is not None else self._advance(timestep)
+        return self.latest
+
+    def _advance(self, timestep: Tensor | None) -> Moment:
         timesteps: Any = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         index = self._index(timestep, timesteps)
         if index is None or timesteps is None:

@@ -14,6 +14,10 @@ class Cache(SessionMethod):
     """Keeps what a transformer computed in earlier steps. Its options are its fields."""
 
     kind: ClassVar[str] = "cache"
+    strength: ClassVar[str]
+    """The option that trades quality for speed: the larger, the more is reused."""
+    strengths: ClassVar[tuple[float, ...]]
+    """Three of its values, from weak to strong, for benchmarks and as a start for calibration."""
 
 
 def check_count(name: str, value: int, least: int) -> None:

@@ -30,6 +30,8 @@ class DualBlockCache(StackCache):
 
     name: ClassVar[str] = "dual_block_cache"
     paper: ClassVar[str] = "DBCache, cache-dit 2025 (FnBm)"
+    strength: ClassVar[str] = "threshold"
+    strengths: ClassVar[tuple[float, ...]] = (0.04, 0.08, 0.16)
 
     threshold: float = 0.08
     first_blocks: int = 8
@@ -57,6 +59,6 @@ class DualBlockCache(StackCache):
         middle = range(self.first_blocks, num_blocks - self.last_blocks)
         return (middle,) if middle else ()
 
-    def predictor(self) -> Predictor:
+    def predictor(self, setting: Setting) -> Predictor:
         """Keep the last residual, or extrapolate."""
         return Taylor(self.order, self.horizon) if self.order else Predictor()

@@ -22,6 +22,8 @@ class FirstBlockCache(StackCache):
 
     name: ClassVar[str] = "first_block_cache"
     paper: ClassVar[str] = "First-Block Cache, ParaAttention 2024 (TeaCache's idea, 2411.19108)"
+    strength: ClassVar[str] = "threshold"
+    strengths: ClassVar[tuple[float, ...]] = (0.04, 0.08, 0.16)
 
     threshold: float = 0.08
 

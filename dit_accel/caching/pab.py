@@ -31,6 +31,8 @@ class PyramidAttentionBroadcast(Cache):
 
     name: ClassVar[str] = "pab"
     paper: ClassVar[str] = "Pyramid Attention Broadcast, 2408.12588"
+    strength: ClassVar[str] = "self_every"
+    strengths: ClassVar[tuple[float, ...]] = (2, 3, 4)
 
     self_every: int = 2
     cross_every: int = 6

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import OptionError
-from dit_accel.files import write_text
 from dit_accel.pipelines.base import PipelineFamily
 
 if TYPE_CHECKING:
@@ -75,9 +74,9 @@ class Profile:
             raise OptionError(f"profile {str(path)!r} lists too few blocks: make it again.")
         return found
 
-    def save(self, path: Path) -> None:
-        """Write the profile."""
-        write_text(path, json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a profile's file holds."""
+        return {"version": VERSION, **asdict(self)}
 
     def background_blocks(self, fraction: float) -> tuple[int, ...]:
         """Return the ``fraction`` of the blocks that lean least to the foreground, ascending."""

@@ -41,6 +41,8 @@ class ProfilingCache(StackCache):
 
     name: ClassVar[str] = "profiling_cache"
     paper: ClassVar[str] = "ProfilingDiT, 2504.03140"
+    strength: ClassVar[str] = "fraction"
+    strengths: ClassVar[tuple[float, ...]] = (0.4, 0.6, 0.8)
 
     blocks: tuple[int, ...] | None = None
     uniform_below: int = 0

@@ -28,6 +28,8 @@ class SeaCache(StackCache):
 
     name: ClassVar[str] = "seacache"
     paper: ClassVar[str] = "SeaCache, 2602.18993"
+    strength: ClassVar[str] = "threshold"
+    strengths: ClassVar[tuple[float, ...]] = (0.125, 0.25, 0.5)
 
     threshold: float = 0.25
     order: int = 1
@@ -46,7 +48,7 @@ class SeaCache(StackCache):
             lambda look: wiener_filter(look.volume, look.sigma, self.power), self.threshold
         )
 
-    def predictor(self) -> Predictor:
+    def predictor(self, setting: Setting) -> Predictor:
         """Keep or extrapolate the residual, as far as reuses go."""
         return Taylor(self.order, horizon=max(self.max_reuses or 3, 1))
 

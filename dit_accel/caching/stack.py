@@ -103,7 +103,7 @@ class StackCache(Cache):
         """Return the runs of blocks that may be skipped, ascending; all blocks by default."""
         return (range(num_blocks),)
 
-    def predictor(self) -> Predictor:
+    def predictor(self, setting: Setting) -> Predictor:
         """Return a new predictor for one run."""
         return Predictor()
 
@@ -343,7 +343,7 @@ class StackSession(Session):
             self.cache.limits(forward.moment.num_steps or 0),
         )
         runs = dict.fromkeys(self._runs[id(forward.transformer)].values())
-        predictors = {run: self.cache.predictor() for run in runs}
+        predictors = {run: self.cache.predictor(setting) for run in runs}
         return _Branch(self.cache.gate(setting), predictors, forward.regime)
 
     def _forget_what_is_past(self, moment: Moment) -> None:

@@ -28,6 +28,8 @@ class TaylorSeer(StackCache):
 
     name: ClassVar[str] = "taylorseer"
     paper: ClassVar[str] = "TaylorSeer, 2503.06923"
+    strength: ClassVar[str] = "interval"
+    strengths: ClassVar[tuple[float, ...]] = (2, 3, 4)
 
     interval: int = 4
     order: int = 1
@@ -46,6 +48,6 @@ class TaylorSeer(StackCache):
         steps = range(setting.num_steps)
         return StepMask([step <= first or (step - first) % self.interval == 0 for step in steps])
 
-    def predictor(self) -> Predictor:
+    def predictor(self, setting: Setting) -> Predictor:
         """Extrapolate."""
         return Taylor(self.order, self.horizon)

@@ -34,6 +34,8 @@ class TeaCache(StackCache):
 
     name: ClassVar[str] = "teacache"
     paper: ClassVar[str] = "TeaCache, 2411.19108"
+    strength: ClassVar[str] = "threshold"
+    strengths: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2)
 
     threshold: float = 0.1
     coefficients: tuple[float, ...] | None = None

@@ -33,6 +33,8 @@ class UnconditionalCache(Cache):
 
     name: ClassVar[str] = "unconditional_cache"
     paper: ClassVar[str] = "FasterCache's CFG-Cache, 2410.19355"
+    strength: ClassVar[str] = "every"
+    strengths: ClassVar[tuple[float, ...]] = (2, 3, 5)
 
     every: int = 5
     first_steps: Steps = field(default=0.35, kw_only=True)
