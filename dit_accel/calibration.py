@@ -27,7 +27,7 @@ from dit_accel.registry import method_class
 DEGREE = 4
 """Of TeaCache's polynomial."""
 BISECTIONS = 4
-LADDER = (0.25, 0.5, 1.0, 2.0, 4.0)
+LADDER = (0.25, 0.5, 1.0, 2.0, 4.0, 16.0)
 """Multiples of a cache's usual strengths that are tried first."""
 
 
