@@ -27,7 +27,7 @@ from dit_accel.registry import family_class, list_families, method_class
 from dit_accel.report import AccelerationReport, forward_seconds
 from dit_accel.runtime import Runtime, warn_switched_off
 from dit_accel.schedule import Schedule, Steps
-from dit_accel.session import SessionMethod, arguments_by_name
+from dit_accel.session import AttentionSession, SessionMethod, arguments_by_name
 
 _ATTRIBUTE = "_dit_accel"
 _UNSET = object()
@@ -99,6 +99,11 @@ def accelerate_pipeline(
     runtime.recorder.notes += notes
     acting = [m for m in methods.values() if isinstance(m, SessionMethod)]
     runtime.sessions = tuple(method.session(pipe, runtime.seam) for method in acting)
+    if attention is None and any(isinstance(s, AttentionSession) for s in runtime.sessions):
+        raise OptionError(
+            f"method={method!r} acts on a sparse method's attention: add one, such as "
+            "['radial', 'remainder_cache']."
+        )
     acceleration = Acceleration(pipe, runtime, tuple(methods.values()), preset.source)
     restore_pipeline(pipe)
     acceleration.attach()

@@ -103,11 +103,12 @@ def otsu(values: Tensor, bins: int = 128) -> float:
     if low == high:
         return high
     counts = torch.histc(values.float().cpu(), bins, low, high).double()
-    centres = torch.linspace(low, high, 2 * bins + 1, dtype=torch.float64)[1::2]
+    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
+    centres = (edges[1:] + edges[:-1]) / 2
     below, mass = counts.cumsum(0), (counts * centres).cumsum(0)
     above = below[-1] - below
     between = below * above * (mass / below - (mass[-1] - mass) / above) ** 2
-    return float(centres[between.nan_to_num().argmax()])
+    return float(edges[1:][between.nan_to_num().argmax()])
 
 
 def foreground_share(high: Tensor, foreground: Tensor) -> float:

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
 from dit_accel.plan import AttentionPlan, DensePlan, JointPlan, PastJointPlan
 from dit_accel.report import CallRecord, Recorder
 from dit_accel.schedule import Schedule
-from dit_accel.session import Forward, Seam, Session
+from dit_accel.session import AttentionSession, Forward, Seam, Session
 from dit_accel.tracking import CallTracker, Moment
 
 
@@ -262,7 +263,12 @@ class Runtime:
         choice = choose_operator(self.backend, self._operators, plan, query)
         self.recorder.rejected.update(choice.rejected)
         self._record(call, plan, choice.operator.name)
-        return choice.operator.run(query, key, value, plan, scale, return_lse=False)[0]
+        run = partial(choice.operator.run, scale=scale)
+        for session in self.sessions:
+            if isinstance(session, AttentionSession):
+                with_lse = partial(run, return_lse=True)
+                return session.attend((query, key, value), call, running.sample, plan, with_lse)
+        return run(query, key, value, plan, return_lse=False)[0]
 
     def _plan(
         self,

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from dit_accel.call import AttentionCall
 from dit_accel.errors import OptionError
 from dit_accel.kinds import Method
 from dit_accel.pipelines.base import PipelineFamily
+from dit_accel.plan import AttentionPlan
 from dit_accel.report import Recorder
 from dit_accel.tracking import CallTracker, Moment
 
@@ -91,6 +93,29 @@ class Session(ABC):
     def leave(self, output: Any) -> None:
         """It has run; ``output`` is None after an exception."""
         return None
+
+
+class AttentionSession(Session):
+    """A session that also stands in front of the attention operators of a sparse method."""
+
+    @abstractmethod
+    def attend(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        call: AttentionCall,
+        sample: int,
+        plan: AttentionPlan,
+        run: Callable[..., tuple[Tensor, Tensor | None]],
+    ) -> Tensor:
+        """Return the output of one sparse call, ``[B, N, H, D]``.
+
+        Args:
+            qkv: query, key and value ``[B, N, H, D]``, their video tokens in the plan's order.
+            call: which call this is.
+            sample: of the batch, where samples run one by one.
+            plan: what the method decided.
+            run: ``run(query, key, value, plan) -> (output, LSE [B, H, N])``.
+        """
 
 
 class Seam:
