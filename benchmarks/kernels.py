@@ -94,17 +94,19 @@ class Case:
         return (difference / norm) ** 0.5
 
 
-def make_case(tokens: int, heads: int, head_size: int, density: float) -> Case:
+def make_case(
+    tokens: int, heads: int, head_size: int, density: float, device: str = "cuda"
+) -> Case:
     """Draw a case; the seed is fixed."""
     torch.manual_seed(0)
     query, key, value = torch.randn(
-        3, 1, tokens, heads, head_size, device="cuda", dtype=torch.bfloat16
+        3, 1, tokens, heads, head_size, device=device, dtype=torch.bfloat16
     ).unbind()
     blocks = -(-tokens // BLOCK)
     visited = max(1, round(blocks * density))
-    order = torch.rand(1, heads, blocks, blocks, device="cuda").argsort(-1)
+    order = torch.rand(1, heads, blocks, blocks, device=device).argsort(-1)
     index = order[..., :visited].sort(-1).values.int().contiguous()
-    count = torch.full((1, heads, blocks), visited, dtype=torch.int32, device="cuda")
+    count = torch.full((1, heads, blocks), visited, dtype=torch.int32, device=device)
     return Case((query, key, value), count, index)
 
 

@@ -16,6 +16,12 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 HEAD_SIZE = 128
+METHODS_FILES = "methods-h*.json"
+FIDELITY_FILES = "fidelity-*.json"
+FIDELITY_METHODS = (
+    "radial", "radial + remainder", "gna", "gna + remainder", "psa", "rectified",
+    "rectified, no neighbours", "pisa",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -26,6 +32,11 @@ def main() -> None:
     readme = ROOT / "README.md"
     old = new = readme.read_text()
     tables = {"headline": headline(), "kernels": kernels(), "quality": quality()}
+    # Not every machine has measured these yet: what is missing leaves its place in the README.
+    if any(RESULTS.glob(METHODS_FILES)):
+        tables["methods"] = methods()
+    if any(RESULTS.glob(FIDELITY_FILES)):
+        tables["fidelity"] = fidelity()
     for name, table in tables.items():
         pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
         new = re.sub(pattern, lambda m, t=table: m[1] + t + m[2], new, flags=re.DOTALL)
@@ -112,6 +123,66 @@ def quality() -> str:
     )
     columns = ["method", "density asked", "over all calls", "PSNR to dense", "follows", "speed-up"]
     return markdown(columns, rows) + note
+
+
+def methods() -> str:
+    """Return what each method's attention takes, choosing included, at density .15."""
+    data = load(max(RESULTS.glob(METHODS_FILES)).name)
+    rows = [
+        [
+            f"{row['tokens']:,}",
+            row["method"],
+            f"{row['achieved_density']:.2f}",
+            f"{row['choosing_of_dense']:.1%}",
+            f"{row['total_ms']:.1f} ms",
+            f"{row['cudnn_dense_ms']:.1f} ms",
+            f"{row['speedup']:.2f}x",
+        ]
+        for row in sorted(data["rows"], key=lambda row: row["tokens"])
+        if "speedup" in row and (row["density"] == 0.15 or "reaches" in row)
+    ]
+    note = (
+        f"One attention call on one {data['manifest']['gpu']}, bf16, {data['heads']} heads of "
+        f"{data['head_size']}; density .15 asked, methods that can't reach it at their least; "
+        '"choosing" is statistics, importance and selection, as a share of dense time. '
+        f"{source(data)}\n"
+    )
+    columns = ["tokens", "method", "density", "choosing", "in all", "cuDNN dense", "speed-up"]
+    return markdown(columns, rows) + note
+
+
+def fidelity() -> str:
+    """Return PSNR to dense at equal achieved density, a column for each density."""
+    files = [load(path.name) for path in sorted(RESULTS.glob(FIDELITY_FILES))]
+    asked = sorted(
+        {row["density"] for data in files for row in data["rows"] if row["density"] != "least"},
+        reverse=True,
+    )
+    rows = []
+    for data in files:
+        found = {(row["method"], row["density"]): row for row in data["rows"]}
+        for name in FIDELITY_METHODS:
+            measured = [found.get((name, density), {}) for density in asked]
+            if any("psnr_db" in row for row in measured):
+                rows.append([data["model"], name, *map(_fidelity_cell, measured)])
+    settings = files[0]["settings"]
+    note = (
+        "PSNR in dB / SSIM to dense attention's own output, at equal density over the sparse "
+        "calls (choosing included, met within 10 %; a dash: out of the method's reach). "
+        f"{settings['prompts']} prompts, same noise, first quarter of the steps dense, blocks of "
+        f"{settings['block']} tokens. {' '.join(source(data) for data in files)}\n"
+    )
+    plot = RESULTS / "fidelity.svg"
+    if plot.exists():
+        note = f"![PSNR against density](benchmarks/results/{plot.name})\n\n" + note
+    return markdown(["model", "method", *(f"density {d}" for d in asked)], rows) + note
+
+
+def _fidelity_cell(row: dict[str, Any]) -> str:
+    if "ssim" not in row:
+        return "-"
+    decibels = "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+    return f"{decibels} / {row['ssim']:.3f}"
 
 
 def load(name: str) -> dict[str, Any]:

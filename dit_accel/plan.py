@@ -130,6 +130,8 @@ class JointPlan:
         first_order: whether PISA's first-order term is added for the remainder.
         row_factor: ``[B, H, Q]`` on the outputs of a query block, or None.
         added: ``[B, H, Q, D]`` added to them after that, or None.
+        choosing_pairs: what making this plan cost, per batch entry and head, in (query, key) pairs;
+            a score that no value follows is half a pair.
     """
 
     layout: TokenLayout
@@ -142,6 +144,7 @@ class JointPlan:
     first_order: bool = False
     row_factor: Tensor | None = None
     added: Tensor | None = None
+    choosing_pairs: float = 0.0
 
     @cached_property
     def computed_share(self) -> Tensor:
@@ -154,12 +157,16 @@ class JointPlan:
         costs = cost.expand(self.levels.shape)
         for level in LEVELS:
             costs = torch.where(self.levels == level, (keys / level).ceil(), costs)
-        pairs = (costs.sum(-1) * queries).sum(-1).mean()
+        pairs = (costs.sum(-1) * queries).sum(-1).mean() + self.choosing_pairs
         return (pairs + 2 * video * text + text * text) / (video + text) ** 2
 
     @property
     def density(self) -> float:
-        """Share of all (query, key) pairs computed, text included; a pooled key counts as one."""
+        """Share of all (query, key) pairs computed, text and choosing included.
+
+        A pooled key counts as one. What grows only linearly with the tokens is not counted: means,
+        and the products with PISA's moment, which are as much as one key per dimension of a head.
+        """
         return float(self.computed_share)
 
     block_density = density

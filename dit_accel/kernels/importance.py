@@ -100,9 +100,14 @@ def _largest_weights(
     return torch.cat(parts, -2)
 
 
+def samples_of(block: int, asked: int | None) -> int:
+    """Return how many tokens of a whole block are sampled: as asked, or a quarter."""
+    return max(1, block // 4) if asked is None else min(asked, block)
+
+
 def _sample(tokens: Tensor, block: int, samples: int | None) -> tuple[Tensor, int]:
     """Evenly spaced tokens of all blocks, ``[B, H, samples, D]``, and their number per block."""
-    samples = max(1, block // 4) if samples is None else min(samples, block)
+    samples = samples_of(block, samples)
     device = tokens.device
     offsets = torch.arange(samples, device=device) * block // samples
     first = torch.arange(0, tokens.shape[1], block, device=device)

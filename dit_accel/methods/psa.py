@@ -12,12 +12,18 @@ from typing_extensions import Self
 from dit_accel.call import TokenLayout
 from dit_accel.errors import OptionError
 from dit_accel.grid import Grid, TokenOrder
-from dit_accel.kernels.importance import sampled_importance
+from dit_accel.kernels.importance import sampled_importance, samples_of
 from dit_accel.kernels.joint_reference import LEVELS, joint_attention
 from dit_accel.kernels.selection import assign_levels
 from dit_accel.kernels.statistics import BlockStatistics
 from dit_accel.methods.base import check_density
-from dit_accel.methods.selecting import SelectingMethod, check_block, check_share, named_order
+from dit_accel.methods.selecting import (
+    SelectingMethod,
+    check_block,
+    check_share,
+    is_int,
+    named_order,
+)
 from dit_accel.plan import JointPlan
 
 Four = tuple[float, float, float, float]
@@ -53,6 +59,8 @@ class PSA(SelectingMethod):
         mode: "threshold", or "top_k": ends are shares of the number of key blocks.
         similarity: least mean cosine between the first and last key of the groups of 2, 4 and 8
             for which a block may be as coarse as that; None allows every level everywhere.
+        samples_per_block: tokens of each block, of queries and keys alike, that importance looks
+            at; None: a quarter, which costs as much as attention to 1/32 of the keys.
         refresh_every: see `SelectingMethod`.
     """
 
@@ -66,6 +74,7 @@ class PSA(SelectingMethod):
     order: str = "hilbert"
     mode: Literal["threshold", "top_k"] = "threshold"
     similarity: tuple[float, float, float] | None = None
+    samples_per_block: int | None = None
 
     def __post_init__(self) -> None:
         """Check all options."""
@@ -78,6 +87,12 @@ class PSA(SelectingMethod):
         named_order(self.order)
         if self.mode not in ("threshold", "top_k"):
             raise OptionError(f"mode={self.mode!r} must be 'threshold' or 'top_k'.")
+        samples = self.samples_per_block
+        if samples is not None and (not is_int(samples) or samples < 1):
+            raise OptionError(
+                f"samples_per_block={samples!r} must be an integer of at least 1, or None for a "
+                "quarter of each block."
+            )
         if self.similarity is not None:
             if not isinstance(self.similarity, tuple | list) or len(self.similarity) != 3:
                 raise OptionError(
@@ -111,6 +126,14 @@ class PSA(SelectingMethod):
         """One exact block per row; see `SelectingMethod.least_share`."""
         return 1 / self.blocks(layout)[1]
 
+    def choosing_pairs(self, layout: TokenLayout) -> float:
+        """Scores between all samples; see `SelectingMethod.choosing_pairs`."""
+        samples = 1.0
+        for block in self.block_sizes:
+            here = samples_of(block, self.samples_per_block)
+            samples *= here / block * layout.video_length
+        return samples / 2
+
     def with_share(self, share: float, layout: TokenLayout) -> Self:
         """Switch to a budget, without ``similarity``; see `SelectingMethod.with_share`."""
         return replace(self, density=share, similarity=None)
@@ -142,6 +165,7 @@ class PSA(SelectingMethod):
             query_block=self.query_block,
             key_block=self.key_block,
             text_length=layout.text_length,
+            samples_per_block=self.samples_per_block,
         )
         if self.density is not None:
             ends = self._budget(self.density, weights.shape[-1])

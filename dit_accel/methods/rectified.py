@@ -102,6 +102,11 @@ class RectifiedSpaAttn(SelectingMethod):
         """What is always critical; see `SelectingMethod.least_share`."""
         return self._shares(layout.grid)[0]
 
+    def choosing_pairs(self, layout: TokenLayout) -> float:
+        """Scores of means and text, and what is added; see `SelectingMethod.choosing_pairs`."""
+        rows, columns = self.blocks(layout)
+        return rows * (columns + layout.text_length / 2)
+
     @property
     def remedy(self) -> str:
         """See `SelectingMethod.remedy`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,11 @@ class SelectingMethod(AttentionMethod):
     @abstractmethod
     def least_share(self, layout: TokenLayout) -> float:
         """Return the smallest share of the video's pairs that `at_density` can keep."""
+
+    def choosing_pairs(self, layout: TokenLayout) -> float:
+        """Return the cost of a choice in (query, key) pairs; a score alone is half a pair."""
+        rows, columns = self.blocks(layout)
+        return rows * columns / 2
 
     @property
     def remedy(self) -> str:
@@ -210,23 +215,28 @@ class SelectingMethod(AttentionMethod):
         if reason is not None:
             return DensePlan(reason, order), None
         statistics = self._statistics(query, key, value, call.layout)
+        cost = 0.0
         if selection is None:
             selection = self.choose(query, key, statistics, call.layout, order)
-        return self.joint_plan(key, selection, statistics, call.layout, order), selection
+            cost = self.choosing_pairs(call.layout)
+        plan = self.joint_plan(key, selection, statistics, call.layout, order)
+        return replace(plan, choosing_pairs=cost), selection
 
     def at_density(self, density: float, layout: TokenLayout) -> Self:
         """Return this method with a budget that makes `JointPlan.density` come to ``density``.
 
-        Counted are all pairs, text included, a mean of tokens as one key. The budget is the same
-        whatever the tokens are, and is met on average over the query blocks.
+        Counted are all pairs, text and choosing included, a mean of tokens as one key. The budget
+        is the same whatever the tokens are, and is met on average over the query blocks.
         """
         check_density(density)
+        if density == 1:
+            return self.with_share(1.0, layout)  # dense, for which nothing is chosen
         video, total = layout.video_length**2, layout.num_tokens**2
-        share = (density * total - (total - video)) / video
+        beside = total - video + self.choosing_pairs(layout)
+        share = (density * total - beside) / video
         least = self.least_share(layout)
         if share < least - 1e-9:
-            reachable = (least * video + total - video) / total
-            raise self._unreachable(density, reachable, layout)
+            raise self._unreachable(density, (least * video + beside) / total, layout)
         return self.with_share(min(share, 1.0), layout)
 
     def blocks(self, layout: TokenLayout) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """Write a bundled model's card from what its training and its checker measured.
 
-    python -m recipes.shared.card dit_accel/models/tiny-flux --training WORK/training.json \
-        --following follow.json
+    python -m recipes.shared.card dit_accel/models/tiny-flux --following follow.json
 
 The last section, what the model can't do, is written by hand: a card that is there keeps its own.
 """
@@ -93,7 +92,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a saved pipeline")
-    parser.add_argument("--training", type=Path, required=True, help="training.json of the recipe")
     parser.add_argument("--following", type=Path, required=True, help="of dit-accel eval follow")
     args = parser.parse_args()
 
@@ -129,7 +127,7 @@ def main() -> None:
         "",
         "## Training",
         "",
-        *training(json.loads(args.training.read_text())),
+        *training(json.loads((args.folder / "training.json").read_text())),
         "",
         "## How well it follows a prompt",
         "",

@@ -119,7 +119,17 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         step()
     torch.cuda.synchronize()
-    return graph.replay
+    return _Replay(graph, step)
+
+
+class _Replay:
+    """A captured step. Holds the step itself: the graph reads its tensors where they lie."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, step: Callable[[], None]):
+        self.graph, self.step = graph, step
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def captured_if_possible(

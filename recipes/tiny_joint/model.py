@@ -50,6 +50,10 @@ class Model(ABC):
         """The trained autoencoder."""
 
     @abstractmethod
+    def latent_shape(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of one scene's latents."""
+
+    @abstractmethod
     def make_text(self) -> dict[str, Any]:
         """Fresh tokenizers and text encoders by the pipeline's names for them."""
 

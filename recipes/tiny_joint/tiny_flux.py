@@ -21,8 +21,9 @@ class TinyFlux(Model):
 
     world = pictures
     buckets = (
-        Bucket("256", (256, 256), 24_000, 64, 48, shift=2.0, share=0.6, text_length=512),
-        Bucket("512", (512, 512), 4_000, 16, 10, shift=3.0, share=0.4, text_length=512),
+        Bucket("128", (128, 128), 48_000, 240, 128, shift=1.5, share=0.1, text_length=128),
+        Bucket("256", (256, 256), 30_000, 60, 48, shift=2.0, share=0.55, text_length=256),
+        Bucket("512", (512, 512), 6_000, 15, 10, shift=3.0, share=0.35, text_length=512),
     )
     smoke_buckets = (
         Bucket("32", (32, 32), 8, 4, 4, shift=2.0, share=0.5, text_length=64),
@@ -47,6 +48,10 @@ class TinyFlux(Model):
     def load_autoencoder(self, folder):
         """See `Model`."""
         return AutoencoderKL.from_pretrained(folder).float().eval()
+
+    def latent_shape(self, size):
+        """See `Model`."""
+        return 8, size[0] // 4, size[1] // 4
 
     def make_text(self):
         """See `Model`."""

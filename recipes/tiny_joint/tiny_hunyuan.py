@@ -54,6 +54,11 @@ class TinyHunyuan(Model):
         """See `Model`."""
         return AutoencoderKLHunyuanVideo.from_pretrained(folder).float().eval()
 
+    def latent_shape(self, size):
+        """See `Model`."""
+        frames, height, width = size
+        return 16, (frames - 1) // 4 + 1, height // 8, width // 8
+
     def make_text(self):
         """See `Model`."""
         words = clips.vocabulary()

@@ -23,8 +23,9 @@ class TinySd3(TinyFlux):
     """
 
     buckets = (
-        Bucket("256", (256, 256), 24_000, 64, 48, shift=2.0, share=0.6, text_length=256),
-        Bucket("512", (512, 512), 4_000, 16, 10, shift=3.0, share=0.4, text_length=256),
+        Bucket("128", (128, 128), 48_000, 240, 128, shift=1.5, share=0.1, text_length=64),
+        Bucket("256", (256, 256), 30_000, 60, 48, shift=2.0, share=0.55, text_length=256),
+        Bucket("512", (512, 512), 6_000, 15, 10, shift=3.0, share=0.35, text_length=256),
     )
     guidance = None
     lessons = (

@@ -2,16 +2,20 @@
 
     python -m recipes.tiny_joint.train tiny-flux --output dit_accel/models/tiny-flux
 
-Stages, each of which leaves a file in the work folder and is skipped when that is there: `vae`
-trains the autoencoder, `latents` draws and encodes scenes, `text` teaches the text encoders which
-words belong together, `dit` trains the transformer and writes the pipeline. A run that was cut
-short, or that `--deadline-s` ended, goes on from its last checkpoint when started again.
+Stages, each of which leaves files in the work folder and is skipped when they are there: `text`
+teaches the text encoders which words belong together, `vae` trains the autoencoder, `latents` draws
+and encodes scenes, `dit` trains the transformer and writes the pipeline, every few minutes as far
+as it is. A run that was cut short, or that `--deadline-s` ended, goes on from its last checkpoint
+when started again; `--start FOLDER` keeps a saved pipeline's autoencoder and text encoders and
+trains its transformer on. With several GPUs, stages and sizes (`--buckets`) can run side by side,
+and `--stages rehearse` tries the transformer's steps on noise, which fills the compiler's cache.
 """
 
 import argparse
 import copy
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +29,15 @@ from recipes.tiny_joint.model import Bucket, Model
 from recipes.tiny_joint.tiny_flux import TinyFlux
 from recipes.tiny_joint.tiny_hunyuan import TinyHunyuan
 from recipes.tiny_joint.tiny_sd3 import TinySd3
-from recipes.tiny_joint.trainer import Trainer, initialise
+from recipes.tiny_joint.trainer import Trainer, initialise, validate
 
 MODELS: dict[str, type[Model]] = {
     "tiny-hunyuan": TinyHunyuan,
     "tiny-flux": TinyFlux,
     "tiny-sd3": TinySd3,
 }
-STAGES = ("vae", "latents", "text", "dit")
+STAGES = ("text", "vae", "latents", "dit")
+FACTS = "training.json"  # what the training measured, for the model card
 VALIDATION_BATCHES = 4
 EMBED_BATCH = 256
 
@@ -47,10 +52,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, help="folder of intermediate files (default: OUTPUT.work)"
     )
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="the last to run")
+    parser.add_argument(
+        "--stages", nargs="+", choices=(*STAGES, "rehearse"), default=STAGES, help="only these"
+    )
+    parser.add_argument("--start", type=Path, help="a saved pipeline of this model to train on")
+    parser.add_argument("--buckets", nargs="+", help="only these sizes in the stage latents")
+    parser.add_argument("--text-seconds", type=float, default=90)
     parser.add_argument("--vae-seconds", type=float, default=150)
-    parser.add_argument("--text-seconds", type=float, default=40)
-    parser.add_argument("--dit-seconds", type=float, default=600)
+    parser.add_argument("--dit-seconds", type=float, default=1000)
+    parser.add_argument(
+        "--save-every-s", type=float, default=240, help="time between pipelines written in training"
+    )
     parser.add_argument(
         "--deadline-s", type=float, help="stop with a checkpoint this long after the start"
     )
@@ -71,6 +83,20 @@ class Run:
         self.draw = self.model.world.make_renderer()
         self.buckets = self.model.smoke_buckets if args.smoke else self.model.buckets
         self.work.mkdir(parents=True, exist_ok=True)
+        if args.start is not None and not (self.work / "vae").exists():
+            self._take_over(args.start)
+
+    def _take_over(self, folder: Path) -> None:
+        """Bring what a saved pipeline has into the work folder, as if its stages had run here."""
+        shutil.copytree(folder / "vae", self.work / "vae", dirs_exist_ok=True)
+        for name in self.model.make_text():
+            shutil.copytree(folder / name, self.work / "text" / name, dirs_exist_ok=True)
+        facts = json.loads((folder / FACTS).read_text())
+        facts["earlier_s"], facts["earlier_steps"] = (
+            facts["transformer_s"],
+            facts["transformer_steps"],
+        )
+        self.note(**facts)
 
     def log(self, line: str) -> None:
         """Print a line with the time, and keep it in the work folder."""
@@ -81,9 +107,12 @@ class Run:
 
     def note(self, **entries: object) -> None:
         """Keep facts for the model card."""
-        path = self.work / "training.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**known, **entries}, indent=1) + "\n")
+        (self.work / FACTS).write_text(json.dumps({**self.facts(), **entries}, indent=1) + "\n")
+
+    def facts(self) -> dict:
+        """The facts kept so far."""
+        path = self.work / FACTS
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def train_autoencoder(self) -> None:
         """Stage `vae`."""
@@ -115,19 +144,26 @@ class Run:
         vae = self.model.load_autoencoder(self.work / "vae").to(self.device)
         draw = self.model.world.make_renderer(compiled=self.device == "cuda")
         started = time.monotonic()
-        stored = {}
         for i, bucket in enumerate(self.buckets):
+            path = self.latents(bucket)
+            if path.exists() or bucket.name not in (self.args.buckets or [bucket.name]):
+                continue
             held_out = bucket.encode_batch * VALIDATION_BATCHES
-            stored[bucket.name] = {
+            stored = {
                 "train": self._encode(vae, draw, bucket, bucket.scenes, 11 + i),
                 "held out": self._encode(vae, draw, bucket, held_out, 1011 + i),
             }
+            torch.save(stored, path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
             self.log(f"latents: {bucket.scenes} scenes of {bucket.name}")
-        torch.save(stored, self.work / "latents.pt")
         self.note(
             scenes={b.name: b.scenes for b in self.buckets},
             latents_s=round(time.monotonic() - started),
         )
+
+    def latents(self, bucket: Bucket) -> Path:
+        """The file of a bucket's encoded scenes."""
+        return self.work / f"latents-{bucket.name}.pt"
 
     @torch.no_grad()
     def _encode(self, vae, draw: Callable, bucket: Bucket, count: int, seed: int):
@@ -164,21 +200,48 @@ class Run:
     @torch.no_grad()
     def _embed(self, pipe: DiffusionPipeline, captions: list[str], length: int):
         """`Model.embed` in pieces, floats in bf16."""
-        parts = [
-            self.model.embed(pipe, captions[i : i + EMBED_BATCH], length)
-            for i in range(0, len(captions), EMBED_BATCH)
-        ]
-        whole = [torch.cat(p) for p in zip(*parts, strict=True)]
-        return tuple(t.bfloat16() if t.is_floating_point() else t for t in whole)
+        parts = []
+        for i in range(0, len(captions), EMBED_BATCH):
+            made = self.model.embed(pipe, captions[i : i + EMBED_BATCH], length)
+            parts.append([t.bfloat16() if t.is_floating_point() else t for t in made])
+        return tuple(torch.cat(p) for p in zip(*parts, strict=True))
+
+    def _prepare(
+        self, trainer: Trainer, pipe: DiffusionPipeline, bucket: Bucket, latents, captions
+    ) -> None:
+        """Make the training steps of a bucket; the first one is also trained without guidance."""
+        words = self._embed(pipe, captions, bucket.text_length)
+        empty = self._embed(pipe, [""], bucket.text_length)
+        guided = self.model.guidance is not None
+        for value in sorted({False, guided} if bucket is self.buckets[0] else {guided}):
+            trainer.add(bucket, latents, words, empty, guided=value)
+
+    def rehearse(self) -> None:
+        """Take a few steps of every size on noise."""
+        model = self.model
+        transformer = model.make_transformer(self.args.smoke)
+        initialise(transformer)
+        pipe = model.make_pipeline(model.make_text(), None, None).to(self.device)
+        trainer = Trainer(model, transformer, self.device, self.log)
+        for bucket in self.buckets:
+            shape = (2 * bucket.batch, *model.latent_shape(bucket.size))
+            noise = torch.randn(shape, device=self.device).bfloat16()
+            self._prepare(trainer, pipe, bucket, noise, ["a red circle"] * len(noise))
+        trainer.measure(self.log)
 
     def train_transformer(self) -> None:
         """Stage `dit`."""
         args, model = self.args, self.model
-        stored = torch.load(self.work / "latents.pt", map_location=self.device)
+        stored = {
+            b.name: torch.load(self.latents(b), map_location=self.device) for b in self.buckets
+        }
         text = self.load_text()
         transformer = model.make_transformer(args.smoke)
-        torch.manual_seed(2)
-        initialise(transformer)
+        if args.start is None:
+            torch.manual_seed(2)
+            initialise(transformer)
+        else:
+            transformer = type(transformer).from_pretrained(args.start, subfolder="transformer")
         pipe = model.make_pipeline(text, None, None).to(self.device)
         trainer = Trainer(model, transformer, self.device, self.log)
         checkpoint = self.work / "checkpoint.pt"
@@ -186,29 +249,37 @@ class Run:
             trainer.load(checkpoint)
             self.log(f"transformer: goes on from step {trainer.done}")
         held_out = {}
-        for i, bucket in enumerate(self.buckets):
-            latents, captions = stored[bucket.name]["train"]
-            words = self._embed(pipe, captions, bucket.text_length)
-            empty = self._embed(pipe, [""], bucket.text_length)
-            if i == 0:
-                trainer.add(bucket, latents, words, empty, guided=False)
-            if i or model.guidance is not None:
-                trainer.add(bucket, latents, words, empty, guided=model.guidance is not None)
+        for bucket in self.buckets:
+            self._prepare(trainer, pipe, bucket, *stored[bucket.name]["train"])
             latents, captions = stored[bucket.name]["held out"]
             held_out[bucket] = latents, self._embed(pipe, captions, bucket.text_length)
+
+        def save() -> torch.nn.Module:
+            """Write a pipeline of the averaged weights and what is needed to go on."""
+            averaged = model.make_transformer(args.smoke)
+            trainer.store_average(averaged)
+            save_pipeline(model, text, self.work, averaged, args.output)
+            trainer.save(checkpoint)
+            self.note(
+                transformer_steps=trainer.done + self.facts().get("earlier_steps", 0),
+                transformer_s=round(trainer.spent) + self.facts().get("earlier_s", 0),
+            )
+            shutil.copy(self.work / FACTS, args.output)
+            self.log(f"transformer: saved at step {trainer.done}")
+            return averaged
+
         deadline = None if args.deadline_s is None else self.started + args.deadline_s
-        finished = trainer.train(args.dit_seconds, deadline)
-        trainer.save(checkpoint)
-        self.note(transformer_steps=trainer.done, transformer_s=round(trainer.spent))
-        trainer.finish()  # the pipeline of an unfinished run is saved too: it can be looked at
-        save_pipeline(model, text, self.work, transformer, args.output)
+        finished = trainer.train(args.dit_seconds, deadline, save, args.save_every_s)
+        averaged = save().to(self.device).eval()
         self.log(f"transformer: {trainer.done} steps, {'done' if finished else 'to be resumed'}")
         losses = {}
         for bucket, (latents, words) in held_out.items():
-            losses[bucket.name] = round(trainer.validate(latents, words, bucket.encode_batch), 4)
+            loss = validate(model, averaged, latents, words, bucket.encode_batch)
+            losses[bucket.name] = round(loss, 4)
             self.log(f"transformer: loss {losses[bucket.name]} on unseen scenes of {bucket.name}")
         gpu = torch.cuda.get_device_name() if self.device == "cuda" else self.device
         self.note(transformer_loss=losses, device=gpu)
+        shutil.copy(self.work / FACTS, args.output)
 
 
 def save_pipeline(model: Model, text: dict, work: Path, transformer, output: Path) -> None:
@@ -224,22 +295,23 @@ def save_pipeline(model: Model, text: dict, work: Path, transformer, output: Pat
 
 
 def main() -> None:
-    """Run the stages up to the one asked for."""
+    """Run the stages asked for."""
     args = arguments()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    # With three heads of 64, cuDNN's attention reads outside its inputs (torch 2.11, H200).
+    # Runs with cuDNN's attention ended in illegal reads; its part in them is not proven.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch._dynamo.config.recompile_limit = 64
     run = Run(args)
-    wanted = STAGES if args.stage == "all" else STAGES[: STAGES.index(args.stage) + 1]
-    if "vae" in wanted and not (run.work / "vae").exists():
-        run.train_autoencoder()
-    if "latents" in wanted and not (run.work / "latents.pt").exists():
-        run.encode_scenes()
-    if "text" in wanted and not (run.work / "text").exists():
+    if "text" in args.stages and not (run.work / "text").exists():
         run.teach_text()
-    if "dit" in wanted:
+    if "vae" in args.stages and not (run.work / "vae").exists():
+        run.train_autoencoder()
+    if "latents" in args.stages and not all(run.latents(b).exists() for b in run.buckets):
+        run.encode_scenes()
+    if "rehearse" in args.stages:
+        run.rehearse()
+    if "dit" in args.stages:
         run.train_transformer()
 
 

@@ -14,7 +14,7 @@ from recipes.shared.schedule import schedule
 from recipes.tiny_joint.model import Bucket, Model
 
 DROPPED = 0.1  # share of captions left out, for guidance
-ALONE = 0.35  # share of the time spent on the first, smallest bucket alone, without guidance
+ALONE = 0.3  # share of the time spent on the first, smallest bucket alone, without guidance
 HOLD = 0.45  # share of the time before the learning rate falls
 
 
@@ -54,6 +54,15 @@ def spread(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
+def velocity(
+    model: Model, transformer: nn.Module, x: Tensor, sigma: Tensor, text, guidance: Tensor
+) -> Tensor:
+    """The transformer's answer, fp32; on a GPU computed in bf16."""
+    text = tuple(t.float() if t.is_floating_point() else t for t in text)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        return model.velocity(transformer, x, sigma, text, guidance).float()
+
+
 class Trainer:
     """Trains a model's transformer on buckets of latents and embedded captions."""
 
@@ -84,10 +93,8 @@ class Trainer:
                     block.compile(dynamic=False)
 
     def velocity(self, x: Tensor, sigma: Tensor, text, guidance: Tensor) -> Tensor:
-        """The transformer's answer, fp32."""
-        text = tuple(t.float() if t.is_floating_point() else t for t in text)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.on_gpu):
-            return self.model.velocity(self.transformer, x, sigma, text, guidance).float()
+        """The answer of the transformer in training."""
+        return velocity(self.model, self.transformer, x, sigma, text, guidance)
 
     def add(self, bucket: Bucket, latents: Tensor, text, empty, guided: bool) -> None:
         """Prepare the step for a bucket; `text` and `empty` (of no prompt) are `Model.embed`'s.
@@ -118,13 +125,14 @@ class Trainer:
                     both = tuple(
                         torch.cat((w[:half], n)) for w, n in zip(words, nothing, strict=True)
                     )
-                    answers = self.velocity(
-                        noisy[:half].repeat(2, *[1] * (x.ndim - 1)),
-                        sigma[:half].repeat(2),
-                        both,
-                        torch.ones(2 * half, device=self.device),
-                    )
-                    told, untold = answers.chunk(2)
+                    with torch.enable_grad():  # not needed, but so no other code is compiled
+                        answers = self.velocity(
+                            noisy[:half].repeat(2, *[1] * (x.ndim - 1)),
+                            sigma[:half].repeat(2),
+                            both,
+                            torch.ones(2 * half, device=self.device),
+                        )
+                    told, untold = answers.detach().chunk(2)
                     target[:half] += spread(guidance[:half] - 1, x) * (told - untold)
                 words = tuple(
                     torch.where(spread(dropped, w), e, w) for w, e in zip(words, empty, strict=True)
@@ -144,16 +152,25 @@ class Trainer:
             mine.copy_(kept)
         self.log(f"transformer: step for {bucket.name}{' guided' if guided else ''} ready")
 
-    def train(self, seconds: float, deadline: float | None = None, warm_up: int = 200) -> bool:
+    def train(
+        self,
+        seconds: float,
+        deadline: float | None,
+        save: Callable[[], object],
+        save_every_s: float,
+        warm_up: int = 200,
+    ) -> bool:
         """Train until `seconds` are spent, earlier runs counted in; False if `deadline` came first.
 
-        `deadline` is a time of `time.monotonic`.
+        `deadline` is a time of `time.monotonic`. `save` is called every `save_every_s` seconds; its
+        time does not count.
         """
         rng = random.Random(self.done)
         first, *_ = buckets = list(self.losses)
         shares = {b.name: b.share for b in (*self.model.buckets, *self.model.smoke_buckets)}
         counts = dict.fromkeys(buckets, 0)
         before, start, every = self.spent, time.monotonic(), 500 if self.on_gpu else 20
+        saved = self.spent
         for total in self.losses.values():
             total.zero_()
         while self.spent < seconds:
@@ -170,6 +187,10 @@ class Trainer:
             if self.on_gpu and self.done % 20 == 0:
                 torch.cuda.synchronize()  # the clock must not run ahead of the device
             self.spent = before + time.monotonic() - start
+            if self.spent - saved > save_every_s:
+                began, saved = time.monotonic(), self.spent
+                save()
+                start += time.monotonic() - began
             if self.done % every == 0:
                 if not all(bool(total.isfinite()) for total in self.losses.values()):
                     raise RuntimeError(f"the loss is not finite at step {self.done}")
@@ -185,22 +206,17 @@ class Trainer:
                 )
         return True
 
-    @torch.no_grad()
-    def validate(self, latents: Tensor, text, batch: int) -> float:
-        """Mean loss over eight noise levels with fixed noise, at guidance 1."""
-        values = []
-        for level in NOISE_LEVELS:
-            for i in range(0, len(latents), batch):
-                x = latents[i : i + batch].float()
-                seed = torch.Generator(self.device).manual_seed(i)
-                noise = torch.randn(x.shape, device=self.device, generator=seed)
-                sigma = torch.full((len(x),), level, device=self.device)
-                words = tuple(t[i : i + batch] for t in text)
-                answer = self.velocity(
-                    x + level * (noise - x), sigma, words, torch.ones_like(sigma)
-                )
-                values += (answer - noise + x).square().flatten(1).mean(1).tolist()
-        return sum(values) / len(values)
+    def measure(self, log: Callable, times: int = 20) -> None:
+        """Tell how long each step takes; the learning rate is 0 meanwhile."""
+        self.optimizer.set_factor(0.0)
+        for (name, guided), step in self.steps.items():
+            step()
+            start = time.monotonic()
+            for _ in range(times):
+                step()
+            loss = self.losses[name].item()  # waits for the device
+            spent = 1000 * (time.monotonic() - start) / times
+            log(f"{name}{' guided' if guided else ''}: {spent:.1f} ms a step, loss sum {loss:.3f}")
 
     def save(self, path: Path) -> None:
         """Write all that is needed to go on."""
@@ -226,11 +242,26 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.done, self.spent = state["done"], state["spent"]
 
-    def finish(self) -> None:
-        """Put the averaged weights in place; training ends here."""
-        self.average.store()
-        self.steps.clear()
-        for m in self.transformer.modules():
-            m._compiled_call_impl = None
-            m.__dict__.pop("forward", None)
-        self.transformer.eval()
+    @torch.no_grad()
+    def store_average(self, transformer: nn.Module) -> None:
+        """Give `transformer`, another of the same kind, the averaged weights."""
+        for p, average in zip(transformer.parameters(), self.average.average, strict=True):
+            p.copy_(average)
+
+
+@torch.no_grad()
+def validate(model: Model, transformer: nn.Module, latents: Tensor, text, batch: int) -> float:
+    """Mean loss over eight noise levels with fixed noise, at guidance 1."""
+    device, values = latents.device, []
+    for level in NOISE_LEVELS:
+        for i in range(0, len(latents), batch):
+            x = latents[i : i + batch].float()
+            seed = torch.Generator(device).manual_seed(i)
+            noise = torch.randn(x.shape, device=device, generator=seed)
+            sigma = torch.full((len(x),), level, device=device)
+            words = tuple(t[i : i + batch] for t in text)
+            answer = velocity(
+                model, transformer, x + level * (noise - x), sigma, words, torch.ones_like(sigma)
+            )
+            values += (answer - noise + x).square().flatten(1).mean(1).tolist()
+    return sum(values) / len(values)

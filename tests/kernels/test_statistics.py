@@ -166,7 +166,8 @@ def test_triton_is_what_the_definitions_say(
     assert {x.dtype for pair in found.pooled.values() for x in pair} == {dtype}
     expected = literal(qkv, video, query_block, key_block)
     expected |= dict.fromkeys(OPTIONAL - wanted)
-    check(found, expected, 3e-5, torch.finfo(dtype).eps)
+    eps = torch.finfo(dtype).eps
+    check(found, expected, max(3e-5, eps / 2), 2 * eps if dtype == torch.float32 else eps)
 
 
 @dtypes
@@ -182,7 +183,10 @@ def test_moment_of_keys_far_from_zero(mean: float, dtype: torch.dtype, backend: 
     )
     assert found.moment is not None
     exact = first_order_moment(qkv[1].double(), qkv[2].double(), 64)
-    assert (found.moment - exact).norm() / exact.norm() < (1e-4 if mean else 1e-5)
+    # Tensor cores cut off the low bits of their sums: half of the inputs' rounding is allowed.
+    cores = qkv[1].is_cuda and backend == "triton" and dtype != torch.float32
+    tolerance = torch.finfo(dtype).eps / 2 if cores else (1e-4 if mean else 1e-5)
+    assert (found.moment - exact).norm() / exact.norm() < tolerance
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -26,14 +26,10 @@ def test_card_states_the_measurements_and_keeps_the_limits(tmp_path, monkeypatch
             "prompts": 64, "steps": 16, "guidance": 3.0, "frames": 33, "height": 256, "width": 256
         },
     }  # fmt: skip
-    for name, entries in (("training", facts), ("following", result)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["card", str(folder), "--training", str(tmp_path / "training.json"),
-         "--following", str(tmp_path / "following.json")],
-    )  # fmt: skip
+    (folder / "training.json").write_text(json.dumps(facts))
+    following = tmp_path / "following.json"
+    following.write_text(json.dumps(result))
+    monkeypatch.setattr(sys, "argv", ["card", str(folder), "--following", str(following)])
     card.main()
     text = (folder / "README.md").read_text()
     for fact in ("some GPU", "2,222", "1,234 scenes", "35.25 dB", "0.1234", "**93 %**", "89 %"):

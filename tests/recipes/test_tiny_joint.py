@@ -77,6 +77,14 @@ def test_lessons_label_each_word_with_its_own_thing(past_only):
     assert (whole[colour] == UNASKED).all()
 
 
+def test_rehearsal_needs_no_other_stage(tmp_path, monkeypatch, capsys):
+    command = ["train", "tiny-sd3", "--output", str(tmp_path / "out"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*command, "--smoke", "--stages", "rehearse"])
+    train.main()
+    assert "ms a step" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_all_stages_resume_and_save_a_stock_pipeline(model, tmp_path, monkeypatch):
     monkeypatch.setattr(text_encoders, "BATCH", 2)
@@ -94,6 +102,16 @@ def test_all_stages_resume_and_save_a_stock_pipeline(model, tmp_path, monkeypatc
     assert facts["transformer_steps"] > 0
     assert facts["autoencoder_steps"] > 0, "the first stages' facts are kept"
     assert (out / "dit_accel.json").exists()
+    assert json.loads((out / "training.json").read_text()) == facts
+
+    again = [*command[:2], "--output", str(tmp_path / "again"), "--start", str(out)]
+    monkeypatch.setattr(sys, "argv", [*again, "--device", "cpu", "--smoke", *seconds])
+    train.main()
+    more = json.loads((tmp_path / "again" / "training.json").read_text())
+    assert more["transformer_steps"] > facts["transformer_steps"], "earlier steps are counted in"
+    assert more["autoencoder_steps"] == facts["autoencoder_steps"]
+    same = "vae/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "again" / same).read_bytes() == (out / same).read_bytes()
 
     pipe = DiffusionPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)
