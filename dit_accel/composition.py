@@ -53,7 +53,8 @@ def compose(
     found: dict[str, Method] = {}
     for member in chosen:
         if isinstance(member, str):
-            member = resolve_method(member, **{**defaults(member), **routed[member]})
+            settled = method_class(member).options_from(defaults(member), routed[member])
+            member = resolve_method(member, **settled)
         found[member.kind] = member
     return {kind: found[kind] for kind in KINDS if kind in found}
 

@@ -10,7 +10,7 @@ from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 KINDS: Mapping[str, str] = MappingProxyType(
     {
@@ -33,6 +33,11 @@ class Method(ABC):
     """One of `KINDS`."""
     paper: ClassVar[str] = ""
     """Title and arXiv number, for tables."""
+
+    @classmethod
+    def options_from(cls, published: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options to construct with: those given, and published ones for the rest."""
+        return {**published, **given}
 
     @classmethod
     def summary(cls) -> str:

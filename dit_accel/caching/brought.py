@@ -1,4 +1,8 @@
-"""Cache options that a model folder brings with it: ``caching.json`` beside its index."""
+"""Cache options that a model folder brings with it, beside its ``model_index.json``.
+
+``caching.json`` holds options by method, as ``dit-accel calibrate`` writes them; ``profile.json``
+is what ``dit-accel profile`` writes. diffusers ignores both.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,7 @@ from typing import Any
 
 from dit_accel.errors import OptionError
 
-CALIBRATION_FILE = "caching.json"
-"""Options by method, as ``dit-accel calibrate`` writes them; diffusers ignores the file."""
+CALIBRATION_FILE, PROFILE_FILE = "caching.json", "profile.json"
 
 
 def brought_options(pipe: Any, method: str) -> dict[str, Any]:
@@ -18,11 +21,15 @@ def brought_options(pipe: Any, method: str) -> dict[str, Any]:
     Raises:
         OptionError: if the file is damaged.
     """
-    folder = getattr(pipe, "config", {}).get("_name_or_path")
-    path = Path(folder or "") / CALIBRATION_FILE
-    if not folder or not path.is_file():
+    name = getattr(pipe, "config", {}).get("_name_or_path")
+    if not name:
         return {}
-    return read_calibration(path).get(method, {})
+    folder, found = Path(name), dict[str, Any]()
+    if (folder / CALIBRATION_FILE).is_file():
+        found |= read_calibration(folder / CALIBRATION_FILE).get(method, {})
+    if method == "profiling_cache" and (folder / PROFILE_FILE).is_file():
+        found["profile"] = str(folder / PROFILE_FILE)
+    return found
 
 
 def read_calibration(path: Path) -> dict[str, dict[str, Any]]:

@@ -100,7 +100,7 @@ class Profile:
                 f"width {mine[2]}; this one is a {found[0]} of {found[1]} blocks and width "
                 f"{found[2]}: make its own with `dit-accel profile`."
             )
-        return replace(cache, blocks=self.background_blocks(cache.fraction), uniform_below=0)
+        return replace(cache, blocks=self.background_blocks(cache.fraction), profile=None)
 
 
 def token_width(transformer: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ class ProfilingCache(StackCache):
 
     Args:
         blocks: the listed blocks, counted over the whole stack. None: as published for the model,
-            or from ``profile``.
+            or of ``profile``.
         uniform_below: listed blocks under this index are refreshed every ``interval`` steps, the
             others at intervals that shrink.
         profile: a file made by ``dit-accel profile`` for this model; its lowest share is listed.
@@ -61,11 +61,23 @@ class ProfilingCache(StackCache):
             check_count(name, getattr(self, name), 1)
         if self.shortest > self.longest:
             raise OptionError(f"shortest={self.shortest} is over longest={self.longest}.")
+        if self.blocks is not None and self.profile is not None:
+            raise OptionError("give blocks=(...) or profile=FILE: both name the blocks to skip.")
         if not isinstance(self.fraction, int | float) or not 0 < self.fraction < 1:
             raise OptionError(f"fraction={self.fraction!r} must be in (0, 1): a share of blocks.")
         check_count("uniform_below", self.uniform_below, 0)
         for block in self.blocks or ():
             check_count("a block of blocks", block, 0)
+
+    @classmethod
+    def options_from(cls, published: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """A list of blocks that is given replaces a published one, whatever its form."""
+        lists = {"blocks", "profile", "uniform_below"}
+        if lists & given.keys():
+            published = {name: value for name, value in published.items() if name not in lists}
+        elif published.get("profile") is not None:
+            published = {k: v for k, v in published.items() if k not in lists or k == "profile"}
+        return {**published, **given}
 
     def session(self, pipe: Any, seam: Seam) -> Session:
         """Read the profile, if one is given, and refuse models without any list."""

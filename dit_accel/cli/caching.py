@@ -57,7 +57,8 @@ def profile(
     """Find the blocks that look at the background, for `profiling_cache`.
 
     Generates prompts densely; small sizes and few frames are enough. A run that was cut short
-    goes on where --output ends. Then: --method profiling_cache --set profile=OUTPUT.
+    goes on where --output ends. Then: --method profiling_cache --set profile=OUTPUT; named
+    profile.json in the model's folder, it is found there by itself.
     """
     from dit_accel.environment import pick_device
     from dit_accel.models import load_pipeline
@@ -123,9 +124,10 @@ def calibrate(
 ) -> None:
     """Choose a cache's strength on this model by a short probe, and fit what caches need.
 
-    OUTPUT holds options by method. Named caching.json in the model's folder, it is found there by
-    itself.
+    OUTPUT holds options by method; those of other methods stay when it is replaced. Named
+    caching.json in the model's folder, it is found there by itself.
     """
+    from dit_accel.caching.brought import read_calibration
     from dit_accel.calibration import calibrate_cache, fit_model
     from dit_accel.environment import pick_device
     from dit_accel.files import check_outputs, write_text
@@ -154,7 +156,12 @@ def calibrate(
                 progress=progress,
             )
             by_method[method] = found.options
-    result: dict[str, Any] = {"model": model, "prompts": len(requests), "options": by_method}
+    kept = read_calibration(output) if output.exists() else {}
+    result: dict[str, Any] = {
+        "model": model,
+        "prompts": len(requests),
+        "options": {**kept, **by_method},
+    }
     if found is not None:
         result["calibration"] = found.to_dict()
     write_text(output, json.dumps(result, indent=1) + "\n")

@@ -153,6 +153,7 @@ def test_control_residuals_between_skipped_blocks_count_once():
         ("profiling_cache", {"blocks": (7,)}, "block 7 is listed, but the model has 3"),
         ("profiling_cache", {"blocks": (0,), "shortest": 20}, "over longest"),
         ("profiling_cache", {"profile": "nowhere.json"}, "can't be read"),
+        ("profiling_cache", {"profile": "a.json", "blocks": (1,)}, "blocks=.* or profile="),
         ("pab", {"window": (800, 100)}, "window"),
         ("unconditional_cache", {"every": 0}, "every"),
     ],
