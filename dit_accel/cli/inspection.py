@@ -44,12 +44,14 @@ def methods(
         print_json(rows)
         return
     caption = "static: the pattern follows from the token grid alone; `show-mask` draws it"
-    table = Table("method", "kind", "options (type = default)", "static", "paper", caption=caption)
+    table = Table(caption=caption)
+    table.add_column("method", no_wrap=True)
+    for column in ("kind", "options (type = default)", "paper"):
+        table.add_column(column)
     for row in rows:
         options = [f"{o['name']}: {o['type']} = {o['default']}" for o in row["options"]]
-        static = "yes" if row["static"] else "no"
-        cells = (row["name"], row["kind"], "\n".join(options), static, row["paper"])
-        table.add_row(*cells, end_section=True)
+        kind = f"{row['kind']}, static" if row["static"] else row["kind"]
+        table.add_row(row["name"], kind, "\n".join(options), row["paper"], end_section=True)
     Console().print(table)
 
 
