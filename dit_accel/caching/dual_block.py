@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from dit_accel.caching.base import check_count, check_threshold
-from dit_accel.caching.gates import FirstBlocks, Gate
+from dit_accel.caching.gates import FirstBlocks, Gate, StepMask, nearest
 from dit_accel.caching.predictors import Predictor, Taylor
 from dit_accel.caching.stack import Setting, StackCache
+from dit_accel.errors import OptionError
 from dit_accel.schedule import Steps
 
 
@@ -25,6 +26,10 @@ class DualBlockCache(StackCache):
         order: 0 keeps the last residual; 1 or 2 extrapolates it (see `TaylorSeer`).
         horizon: steps after which extrapolation stops.
         every: compare every so many tokens only, which is cheaper.
+        max_total: reuses of a generation and branch after which there are no more.
+        max_sum: reuse only while the distances since the last full step add up to less.
+        mask: decide by a string instead, one mark per step: # runs, . reuses, such as
+            "########.###..###..##..#...#"; other numbers of steps take the nearest mark.
         first_steps, last_steps, max_reuses, min_steps: see `StackCache`.
     """
 
@@ -39,6 +44,9 @@ class DualBlockCache(StackCache):
     order: int = 0
     horizon: int = 3
     every: int = 1
+    max_total: int | None = None
+    max_sum: float | None = None
+    mask: str | None = None
     first_steps: Steps = field(default=8, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -49,10 +57,19 @@ class DualBlockCache(StackCache):
             check_count(name, getattr(self, name), least)
         check_count("horizon", self.horizon, 1)
         check_count("every", self.every, 1)
+        if self.max_total is not None:
+            check_count("max_total", self.max_total, 0)
+        if self.max_sum is not None:
+            check_threshold("max_sum", self.max_sum)
+        if self.mask is not None and (not self.mask or set(self.mask) - set("#.")):
+            raise OptionError(f"mask={self.mask!r}: write # for steps that run, . for the others.")
 
     def gate(self, setting: Setting) -> Gate:
-        """Compare after the first blocks."""
-        return FirstBlocks(self.first_blocks, self.threshold, self.every)
+        """Compare after the first blocks, or follow the mask."""
+        if self.mask is not None:
+            return StepMask([mark == "#" for mark in nearest(self.mask, setting.num_steps)])
+        caps = self.max_total, self.max_sum
+        return FirstBlocks(self.first_blocks, self.threshold, self.every, *caps)
 
     def scope(self, num_blocks: int) -> tuple[range, ...]:
         """Skip what lies between the first and the last blocks."""

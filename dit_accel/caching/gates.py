@@ -13,11 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dit_accel.tracking import Moment
+
+T = TypeVar("T")
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums over the ranks that share a sequence; the identity without context parallelism."""
@@ -156,21 +159,44 @@ class RunMasks(StepMask):
 
 
 class FirstBlocks(Gate):
-    """Small change of what the first blocks add, against the last full step."""
+    """Small change of what the first blocks add, against the last full step.
 
-    def __init__(self, first_blocks: int, threshold: float, every: int = 1) -> None:
+    Args:
+        first_blocks: how many blocks run before the comparison.
+        threshold: reuse while the relative L1 distance is less.
+        every: compare every so many tokens.
+        max_total: reuses in all after which there are no more; None for no limit.
+        max_sum: reuse while the distances since the last full step add up to less.
+    """
+
+    def __init__(
+        self,
+        first_blocks: int,
+        threshold: float,
+        every: int = 1,
+        max_total: int | None = None,
+        max_sum: float | None = None,
+    ) -> None:
         self.first_blocks, self.threshold, self.every = first_blocks, threshold, every
+        self.max_total = math.inf if max_total is None else max_total
+        self.max_sum = math.inf if max_sum is None else max_sum
+        self._total, self._sum = 0, 0.0
         self._last: Tensor | None = None
 
     def reusable(self, look: Look) -> bool:
         """See `Gate.reusable`."""
+        if self._total >= self.max_total:
+            return False
         self.value = relative_l1(self._signal(look), self._last, look.reduce)
-        return self.value < self.threshold
+        self._sum += self.value
+        return self.value < self.threshold and self._sum < self.max_sum
 
     def settled(self, look: Look, full: bool) -> None:
         """Keep the residual of a full step."""
         if full:
-            self._last = self._signal(look)
+            self._last, self._sum = self._signal(look), 0.0
+        else:
+            self._total += 1
 
     def _signal(self, look: Look) -> Tensor:
         if look.residual is None:
@@ -247,3 +273,11 @@ def mask_from(
         full.append(not reuse)
         values.append(value)
     return StepMask(full, values)
+
+
+def nearest(values: Sequence[T], count: int) -> tuple[T, ...]:
+    """Return ``count`` values, evenly spread over ``values``, by the nearest index."""
+    if count == len(values):
+        return tuple(values)
+    span = (len(values) - 1) / max(count - 1, 1)
+    return tuple(values[round(i * span)] for i in range(count))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from dit_accel.caching.base import check_threshold
-from dit_accel.caching.gates import Gate, mask_from
+from dit_accel.caching.gates import Gate, mask_from, nearest
 from dit_accel.caching.stack import Setting, StackCache
 from dit_accel.errors import OptionError
 from dit_accel.schedule import Steps
@@ -73,11 +72,3 @@ class MagCache(StackCache):
             return error, error <= self.threshold and self.threshold > 0
 
         return mask_from(spend, setting.num_steps, setting.start, setting.limits)
-
-
-def nearest(values: Sequence[float], count: int) -> tuple[float, ...]:
-    """Return ``count`` values, evenly spread over ``values``, by the nearest index."""
-    if count == len(values):
-        return tuple(values)
-    span = (len(values) - 1) / max(count - 1, 1)
-    return tuple(values[round(i * span)] for i in range(count))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from cache_subjects import ACTIVE, STEPS, Subject, marks
+from packaging.version import Version
 
 from dit_accel import accelerate_pipeline, acceleration_report, restore_pipeline
 from dit_accel.caching.profile import Profile
@@ -74,6 +77,53 @@ def test_guidance_that_ends_early_and_comes_back():
     steps = [step.step for step in report.steps if step.branch == "uncond"]
     assert steps == [0, 1, 2, 3, 7, 8, 9, 10, 11]
     assert marks(report, "uncond") == "#...#...#"
+
+
+def test_caps_and_masks_of_the_dual_block_cache():
+    subject = Subject("wan")
+    often = {"threshold": 1e9, "first_blocks": 1, "first_steps": 2}
+    for options, expected in (
+        ({"max_total": 3}, "##...#######"),
+        ({"max_reuses": 2}, "##..#..#..##"),
+        ({"mask": "#..#..#..#.#"}, "##.#..#..#.#"),
+        ({"mask": "#."}, "######.....#"),
+    ):
+        accelerate_pipeline(subject.pipe, "dual_block_cache", **often | options)
+        subject.run()
+        assert marks(acceleration_report(subject.pipe), "cond") == expected, options
+    accelerate_pipeline(subject.pipe, "dual_block_cache", **often)
+    subject.run()
+    report = acceleration_report(subject.pipe)
+    sums = [step.value for step in report.steps if step.branch == "cond" and step.value]
+    cap = sums[0] + sums[1] / 2  # between one and two reuses
+    accelerate_pipeline(subject.pipe, "dual_block_cache", **often, max_sum=cap)
+    subject.run()
+    assert marks(acceleration_report(subject.pipe), "cond").startswith("##.#")
+
+
+@pytest.mark.parametrize("cache", ["first_block_cache", "taylorseer", "easycache", "pab"])
+def test_a_perturbed_pass_has_a_state_of_its_own(cache):
+    """A guidance that runs the conditional call once more, by another name, changes nothing."""
+    subject = Subject("wan")
+    accelerate_pipeline(subject.pipe, cache, **ACTIVE[cache])
+    alone = subject.run()
+    runtime = subject.pipe._dit_accel.runtime
+
+    def twice(inner, *args, **kwargs):
+        moment = runtime.tracker.advance(kwargs["timestep"])
+        with runtime.tracker.hold(moment):
+            out = inner(*args, **kwargs)
+        if moment.branch == "cond":
+            perturbed = kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"] + 1}
+            with runtime.tracker.hold(replace(moment, branch="perturbed")):
+                inner(*args, **perturbed)
+        return out
+
+    runtime.seam.intercept(subject.pipe.transformer, twice)
+    assert torch.equal(subject.run(), alone)
+    report = acceleration_report(subject.pipe)
+    assert {step.branch for step in report.steps} == {"cond", "uncond", "perturbed"}
+    assert marks(report, "perturbed").count(".") > 0
 
 
 def test_a_skipped_pass_never_refreshes():
@@ -271,6 +321,8 @@ def test_group_offload_before_and_after():
     cached = subject.run()
     cpu = torch.device("cpu")
     loads = []
+    if Version(diffusers.__version__) < Version("0.40") and not torch.cuda.is_available():
+        pytest.skip("this diffusers can't group-offload without an accelerator")
     subject.pipe.transformer.enable_group_offload(
         onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1
     )

@@ -9,8 +9,8 @@ import torch
 from cache_subjects import Subject, marks
 
 from dit_accel import accelerate_pipeline, acceleration_report, restore_pipeline
-from dit_accel.caching.gates import Limits, mask_from, polynomial, relative_l1
-from dit_accel.caching.magcache import MagCache, nearest
+from dit_accel.caching.gates import Limits, mask_from, nearest, polynomial, relative_l1
+from dit_accel.caching.magcache import MagCache
 from dit_accel.caching.predictors import Predictor, Taylor, When, lagrange_weights
 from dit_accel.caching.profiling import ProfilingCache, refresh_steps, runs
 from dit_accel.caching.seacache import wiener_filter
