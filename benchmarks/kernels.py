@@ -95,17 +95,27 @@ class Case:
 
 
 def make_case(
-    tokens: int, heads: int, head_size: int, density: float, device: str = "cuda"
+    tokens: int,
+    heads: int,
+    head_size: int,
+    density: float,
+    device: str = "cuda",
+    band: bool = False,
 ) -> Case:
-    """Draw a case; the seed is fixed."""
+    """Draw a case; the seed is fixed. ``band``: the tiles around each tile, as Radial visits."""
     torch.manual_seed(0)
     query, key, value = torch.randn(
         3, 1, tokens, heads, head_size, device=device, dtype=torch.bfloat16
     ).unbind()
     blocks = -(-tokens // BLOCK)
     visited = max(1, round(blocks * density))
-    order = torch.rand(1, heads, blocks, blocks, device=device).argsort(-1)
-    index = order[..., :visited].sort(-1).values.int().contiguous()
+    if band:
+        first = (torch.arange(blocks, device=device) - visited // 2).clamp(0, blocks - visited)
+        index = first[:, None] + torch.arange(visited, device=device)
+        index = index.int().expand(1, heads, blocks, visited).contiguous()
+    else:
+        order = torch.rand(1, heads, blocks, blocks, device=device).argsort(-1)
+        index = order[..., :visited].sort(-1).values.int().contiguous()
     count = torch.full((1, heads, blocks), visited, dtype=torch.int32, device=device)
     return Case((query, key, value), count, index)
 

@@ -74,7 +74,7 @@ def make_method(name: str, small: bool = False) -> AttentionMethod:
 
 
 def measure_method(
-    method: AttentionMethod, qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout, backend: str
+    method: AttentionMethod, qkv: tuple[Tensor, Tensor, Tensor], layout: TokenLayout
 ) -> Row:
     """Check a method at this size, then time its parts and the whole."""
     order, call = method.token_order(layout.grid), AttentionCall(layout)
@@ -84,7 +84,7 @@ def measure_method(
     plan = make()
     if isinstance(plan, DensePlan):
         return {"dense": plan.reason}
-    operator = choose_operator(backend, make_operators(), plan, qkv[0]).operator
+    operator = choose_operator("auto", make_operators(), plan, qkv[0]).operator
     row: Row = {"achieved_density": round(plan.block_density, 4), "operator": operator.name}
 
     def attend(plan: AttentionPlan = plan) -> Tensor:
@@ -162,7 +162,6 @@ def measure_size(
     qkv = (qkv[0], qkv[1], qkv[2] + qkv[1])
     dense = guarded("cudnn_dense", lambda: {"cudnn_dense_ms": median_ms(dense_run(qkv))})
     cpu = args.device == "cpu"
-    backend = "auto" if cpu else "triton"
     sparsest: set[str] = set()  # measured at the least density that they reach, instead
     for density in args.density:
         peers = measure_peers(tokens, density=density, flex=flex, **size)
@@ -178,13 +177,13 @@ def measure_size(
             def measure(name: str = name, density: float = density) -> Row:
                 method = make_method(name, cpu)
                 try:
-                    return measure_method(method.at_density(density, layout), qkv, layout, backend)
+                    return measure_method(method.at_density(density, layout), qkv, layout)
                 except DensityUnreachableError as error:
                     if name in sparsest:
                         return {"reaches": error.least}
                     sparsest.add(name)
                     method = method.at_density(error.least, layout)
-                    return {"reaches": error.least, **measure_method(method, qkv, layout, backend)}
+                    return {"reaches": error.least, **measure_method(method, qkv, layout)}
 
             row |= guarded("method", measure)
             if "total_ms" in row and "cudnn_dense_ms" in row:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dit_accel.call import text_back, text_last
 from dit_accel.errors import OperatorUnavailableError, OptionError, did_you_mean
+from dit_accel.kernels.backend import why_no_hopper_kernel
 from dit_accel.kernels.statistics import block_statistics
 from dit_accel.plan import BlockSparsePlan, JointPlan
 
@@ -121,6 +122,52 @@ class TritonOperator(Operator):
             key,
             value,
             plan.tiles,
+            text_length=plan.layout.text_length,
+            text_first=plan.layout.text_first,
+            scale=scale,
+            return_lse=return_lse,
+        )
+        return result if isinstance(result, tuple) else (result, None)
+
+
+@dataclass(frozen=True)
+class HopperOperator(Operator):
+    """This package's Gluon kernel for Hopper: exact blocks of 128, head sizes 64 and 128."""
+
+    name: ClassVar[str] = "hopper"
+
+    def why_not_here(self) -> str | None:
+        """Need triton 3.6 or newer and a GPU of compute capability 9.0."""
+        if not torch.cuda.is_available():
+            return "no NVIDIA GPU was found"
+        return why_no_hopper_kernel(torch.device("cuda"), torch.float16, 64, 128)
+
+    def why_not(self, plan: SparsePlan, query: Tensor) -> str | None:
+        """Check device, dtype, head size and block size too."""
+        if reason := self.unavailable:
+            return reason
+        if isinstance(plan, JointPlan):
+            return "the plan has pooled blocks or stand-ins"
+        block_size = int(plan.video_mask.BLOCK_SIZE[0])
+        return why_no_hopper_kernel(query.device, query.dtype, query.shape[-1], block_size)
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: SparsePlan,
+        scale: float | None,
+        return_lse: bool,
+    ) -> AttentionOutput:
+        """Run `hopper_block_sparse_attention` of `dit_accel.kernels`."""
+        from dit_accel.kernels.block_sparse_hopper import hopper_block_sparse_attention
+
+        result = hopper_block_sparse_attention(
+            query,
+            key,
+            value,
+            _exact(plan).tiles,
             text_length=plan.layout.text_length,
             text_first=plan.layout.text_first,
             scale=scale,
@@ -274,7 +321,9 @@ class TorchOperator(Operator):
 
 def make_operators() -> Mapping[str, Operator]:
     """Return one of each operator, by name."""
-    classes = (TritonOperator, FlashAttention4Operator, FlexOperator, TorchOperator)
+    classes = (
+        HopperOperator, TritonOperator, FlashAttention4Operator, FlexOperator, TorchOperator,
+    )  # fmt: skip
     return MappingProxyType({cls.name: cls() for cls in classes})
 
 
@@ -313,7 +362,7 @@ def choose_operator(
                 "`dit-accel doctor`."
             )
         return Choice(operators[backend], ())
-    gpu = ("triton", "flash-attn-4", "flex", "torch")
+    gpu = ("hopper", "triton", "flash-attn-4", "flex", "torch")
     preferred = ("torch",) if query.device.type in UNCOMPILED else gpu
     rejected: list[tuple[str, str]] = []
     for name in preferred:

@@ -1,11 +1,13 @@
-"""Triton or plain torch: the choice of the kernels that have both."""
+"""Which kernels can run: Triton or plain torch, and the one for Hopper."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from dit_accel.errors import OperatorUnavailableError, OptionError
@@ -37,3 +39,40 @@ def use_triton(backend: Backend, tensor: Tensor, why_unavailable: Callable[[], s
     if reason is not None and backend == "triton":
         raise OperatorUnavailableError(f"the Triton kernel cannot run this call: {reason}.")
     return reason is None
+
+
+HOPPER_HEAD_SIZES = (64, 128)
+HOPPER_BLOCK_SIZE = 128
+
+
+def why_no_hopper_kernel(
+    device: torch.device, dtype: torch.dtype, head_size: int, block_size: int
+) -> str | None:
+    """Say why `block_sparse_hopper` can't run such a call, or return None. Imports no triton."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {dtype} is not float16 or bfloat16"
+    if head_size not in HOPPER_HEAD_SIZES:
+        return f"head size {head_size} is not 64 or 128"
+    if block_size != HOPPER_BLOCK_SIZE:
+        return f"block size {block_size} is not {HOPPER_BLOCK_SIZE}"
+    return why_no_gluon() or _why_no_hopper(device)
+
+
+def why_no_gluon() -> str | None:
+    """Say why Gluon can't be used, or return None."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "the package triton is not installed"
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 6):
+        return f"it needs triton 3.6 or newer (its language Gluon), not {version}"
+    return None
+
+
+def _why_no_hopper(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"it needs an NVIDIA GPU, and the tensors are on {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] != 9:
+        return f"it needs a Hopper GPU (compute capability 9.0), and {device} has {capability}"
+    return None

@@ -276,10 +276,7 @@ def block_sparse_attention(
         GridMismatchError: if ``N`` is not ``lists.num_tokens + text_length``.
         OptionError: if tensors and lists do not fit together, or ``scale`` is not positive.
     """
-    _check_call(query, key, value, lists, text_length)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not (math.isfinite(scale) and scale > 0):
-        raise OptionError(f"{scale=} must be positive: the kernel takes row maxima before scaling.")
+    scale = check_call(query, key, value, lists, text_length, scale)
     out, lse = _block_sparse_op(
         query, key, value, lists.full_count, lists.full_index, lists.partial_count,
         lists.partial_index, lists.partial_slot, lists.bits, lists.block_size, lists.num_tokens,
@@ -288,9 +285,15 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def _check_call(
-    query: Tensor, key: Tensor, value: Tensor, lists: TileLists, text_length: int
-) -> None:
+def check_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: TileLists,
+    text_length: int,
+    scale: float | None,
+) -> float:
+    """Raise unless tensors and lists fit together; return the scale to use."""
     if query.ndim != 4 or query.shape != key.shape or query.shape != value.shape:
         shapes = [tuple(t.shape) for t in (query, key, value)]
         raise OptionError(f"query, key and value must share one shape [B, N, H, D], not {shapes}.")
@@ -312,6 +315,10 @@ def _check_call(
             f"lists of shape {tuple(lists.full_count.shape)} fit neither batch {batch} and "
             f"{heads} heads nor 1 in their place."
         )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if not (math.isfinite(scale) and scale > 0):
+        raise OptionError(f"{scale=} must be positive: the kernel takes row maxima before scaling.")
+    return scale
 
 
 @torch.library.custom_op("dit_accel::block_sparse_attention", mutates_args=())
@@ -328,10 +335,10 @@ def _block_sparse_op(
     if reason is not None:
         raise OperatorUnavailableError(f"the Triton kernel cannot run this call: {reason}.")
     out = query.new_empty(query.shape)
-    lse = _empty_lse(query, with_lse)
+    lse = empty_lse(query, with_lse)
     block_d = max(16, triton.next_power_of_2(head_size))
     cfg = _resolve_config(query, block_d, block_size, config)
-    use_tma = cfg.use_tma and all(_fits_copy_engine(t, block_d) for t in (key, value))
+    use_tma = cfg.use_tma and all(fits_copy_engine(t, block_d) for t in (key, value))
     box = [1, cfg.block_n, 1, block_d]
     num_text = num_tokens - num_video
     tiles = triton.cdiv(num_video, cfg.block_m) + triton.cdiv(num_text, cfg.block_m)
@@ -360,10 +367,11 @@ def _block_sparse_op(
 @_block_sparse_op.register_fake
 def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     with_lse = bool(rest[-2])
-    return query.new_empty(query.shape), _empty_lse(query, with_lse)
+    return query.new_empty(query.shape), empty_lse(query, with_lse)
 
 
-def _empty_lse(query: Tensor, with_lse: bool) -> Tensor:
+def empty_lse(query: Tensor, with_lse: bool) -> Tensor:
+    """Room for the log-sums ``[B, H, N]``, or for none."""
     batch, num_tokens, heads, _ = query.shape
     shape = (batch, heads, num_tokens) if with_lse else (0,)
     return query.new_empty(shape, dtype=torch.float32)
@@ -383,7 +391,7 @@ def _resolve_config(
     return replace(chosen, block_m=block_m, block_n=block_n)
 
 
-def _fits_copy_engine(tensor: Tensor, block_d: int) -> bool:
+def fits_copy_engine(tensor: Tensor, block_d: int) -> bool:
     """Whether a TMA descriptor can describe ``tensor``: 16-byte base and strides, unit last one."""
     *strides, last = tensor.stride()
     itemsize = tensor.element_size()

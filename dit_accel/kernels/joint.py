@@ -28,10 +28,10 @@ from dit_accel.errors import GridMismatchError, OperatorUnavailableError, Option
 from dit_accel.kernels.block_sparse import (
     _NO_PEAK,
     _attend,
-    _empty_lse,
-    _fits_copy_engine,
     _load_rows,
     _resolve_config,
+    empty_lse,
+    fits_copy_engine,
     why_unavailable,
 )
 from dit_accel.kernels.joint_reference import LEVELS
@@ -504,7 +504,7 @@ def _joint_op(
     if reason is not None:
         raise OperatorUnavailableError(f"the Triton kernel cannot run this call: {reason}.")
     out = query.new_empty(query.shape)
-    lse = _empty_lse(query, with_lse)
+    lse = empty_lse(query, with_lse)
     levels = levels.contiguous()
     counts, index = level_lists(levels)
     pooled = [_packed(t, query.dtype) for t in (key2, value2, key4, value4, key8, value8)]
@@ -515,7 +515,7 @@ def _joint_op(
     cfg = _resolve_config(query, block_d, MAX_BLOCK_SIZE, config)
     block_m, block_n = min(cfg.block_m, query_block), min(cfg.block_n, key_block)
     use_tma = cfg.use_tma and all(
-        _fits_copy_engine(t, block_d) for t in (key, value, *centroids) if t is not None
+        fits_copy_engine(t, block_d) for t in (key, value, *centroids) if t is not None
     )
     box = [1, block_n, 1, block_d]
     num_video = num_tokens - text_length
@@ -552,7 +552,7 @@ def _joint_op(
 @_joint_op.register_fake
 def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     with_lse = bool(rest[-2])
-    return query.new_empty(query.shape), _empty_lse(query, with_lse)
+    return query.new_empty(query.shape), empty_lse(query, with_lse)
 
 
 def _check_levels(levels: Tensor, pooled: list[Tensor | None]) -> None:

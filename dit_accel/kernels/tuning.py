@@ -42,3 +42,33 @@ def kernel_config(capability: tuple[int, int], head_size: int, itemsize: int) ->
     if head_size > 128:
         return KernelConfig(64, 32, 4, 2)
     return KernelConfig(128, 64 if head_size <= 64 else 32, 4, 3)
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """How the Gluon kernel for Hopper runs; the result does not depend on it beyond rounding.
+
+    Attributes:
+        stages: buffers for key tiles, and as many for value tiles: 2, 3 or (head size 64) 4.
+        turns: whether the two groups of warps take turns at issuing products.
+        late: whether the output is rescaled under the next scores, not right after the softmax.
+        persistent: whether one program per multiprocessor takes many query tiles.
+    """
+
+    stages: int = 2
+    turns: bool = True
+    late: bool = True
+    persistent: bool = False
+
+
+def hopper_config(head_size: int, longest: int, with_text: bool) -> HopperConfig:
+    """Return the configuration measured best on an H100.
+
+    Args:
+        head_size: 64 or 128.
+        longest: key tiles on the longest list.
+        with_text: whether there are text queries, which see everything.
+    """
+    # A persistent program loads its next queries early, which pays when it visits few keys; it
+    # can't balance the few programs of text queries, which take many times as long.
+    return HopperConfig(late=head_size == 128, persistent=longest < 64 and not with_text)

@@ -66,6 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--deadline-s", type=float, help="stop with a checkpoint this long after the start"
     )
+    parser.add_argument("--no-capture", action="store_true", help="no CUDA graphs: slower")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny parts, to try the code")
     args = parser.parse_args()
@@ -222,7 +223,7 @@ class Run:
         transformer = model.make_transformer(self.args.smoke)
         initialise(transformer)
         pipe = model.make_pipeline(model.make_text(), None, None).to(self.device)
-        trainer = Trainer(model, transformer, self.device, self.log)
+        trainer = Trainer(model, transformer, self.device, self.log, not self.args.no_capture)
         for bucket in self.buckets:
             shape = (2 * bucket.batch, *model.latent_shape(bucket.size))
             noise = torch.randn(shape, device=self.device).bfloat16()
@@ -243,7 +244,7 @@ class Run:
         else:
             transformer = type(transformer).from_pretrained(args.start, subfolder="transformer")
         pipe = model.make_pipeline(text, None, None).to(self.device)
-        trainer = Trainer(model, transformer, self.device, self.log)
+        trainer = Trainer(model, transformer, self.device, self.log, not self.args.no_capture)
         checkpoint = self.work / "checkpoint.pt"
         if checkpoint.exists():
             trainer.load(checkpoint)

@@ -66,9 +66,12 @@ def velocity(
 class Trainer:
     """Trains a model's transformer on buckets of latents and embedded captions."""
 
-    def __init__(self, model: Model, transformer: nn.Module, device: str, log: Callable):
+    def __init__(
+        self, model: Model, transformer: nn.Module, device: str, log: Callable, capture: bool = True
+    ):
         self.model, self.transformer = model, transformer.to(device).train()
         self.device, self.log, self.on_gpu = device, log, device == "cuda"
+        self.capture = capture and self.on_gpu
         inner = [
             p
             for n, p in transformer.named_parameters()
@@ -146,7 +149,7 @@ class Trainer:
         self.optimizer.set_factor(0.0)  # capturing runs the step twice
         average = [a.clone() for a in self.average.average]
         self.steps[bucket.name, guided] = (
-            captured_if_possible(step, self.log) if self.on_gpu else step
+            captured_if_possible(step, self.log) if self.capture else step
         )
         for mine, kept in zip(self.average.average, average, strict=True):
             mine.copy_(kept)

@@ -8,7 +8,7 @@ from dit_accel.errors import GridMismatchError, OperatorUnavailableError, Option
 from dit_accel.kernels.importance import sampled_importance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cannot do bfloat16")
+needs_gpu = pytest.mark.gpu  # the interpreter cannot do bfloat16
 
 
 def random_tokens(video: int, text: int, size: int, dtype: torch.dtype) -> list[Tensor]:

@@ -16,7 +16,7 @@ from dit_accel.kernels.statistics import BlockStatistics, block_statistics
 from dit_accel.kernels.tuning import KernelConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cannot do bfloat16")
+needs_gpu = pytest.mark.gpu  # the interpreter cannot do bfloat16
 all_dtypes = pytest.mark.parametrize(
     "dtype",
     [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)],
@@ -194,7 +194,8 @@ def test_row_factor_and_added_leave_text_alone() -> None:
     qkv = random_qkv(1, 107, 2, 32, dtype=torch.float32)
     out = check(qkv, levels, 32, 32, 7, row_factor=row_factor, added=added)
     bare = check(qkv, levels, 32, 32, 7)
-    torch.testing.assert_close(out[:, 100:], bare[:, 100:], rtol=0, atol=0)
+    # Two kernels, which a compiler may round differently.
+    torch.testing.assert_close(out[:, 100:], bare[:, 100:])
     assert not torch.allclose(out[:, :100], bare[:, :100])
 
 

@@ -1,0 +1,568 @@
+"""Block-sparse attention forward for Hopper, in Gluon: warps with different jobs.
+
+The same result as `block_sparse.py`, and the same kinds of keys. Gluon is Triton's lower-level
+language, in which the order of copies, products and waits is written out (FlashAttention-3, Shah
+et al. 2024, is the model). One program owns a tile of 128 queries of one head:
+
+* one warp copies the listed key and value tiles into a ring of buffers in shared memory;
+* two groups of four warps take 64 query rows each. A group issues the scores of its next step
+  before the output product of the last one, so that the tensor cores work under its softmax, and
+  the two groups take turns at issuing, so that one's softmax runs under the other's products.
+
+A program's steps are key tiles in this order: partial tiles, a ragged last tile, text - each with a
+mask, in a loop of their own - and then full tiles. A text query visits everything.
+
+Buffers are handed over by mbarriers: ``ready`` by the copy engine, ``empty`` by the two groups.
+"""
+
+# Gluon's functions take tensors, barriers and constants under the same names: types say little.
+# mypy: ignore-errors
+# ruff: noqa: RUF005  (Gluon's lists have no starred items)
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dit_accel.errors import OperatorUnavailableError
+from dit_accel.kernels.backend import why_no_hopper_kernel
+from dit_accel.kernels.block_sparse import check_call, empty_lse, fits_copy_engine
+from dit_accel.kernels.tiles import TileLists
+from dit_accel.kernels.tuning import HopperConfig, hopper_config
+
+# Stands for "no key seen yet": finite, so that the difference of two peaks is never inf - inf.
+_NO_PEAK = gl.constexpr(-1e30)
+
+TILE = gl.constexpr(128)
+"""Queries per program and keys per step; the lists' block size must be the same."""
+
+ROWS = gl.constexpr(64)
+"""Query rows of one group of warps."""
+
+# Registers per thread of the second group and of the copying warp, out of 12 warps of at most 168;
+# the first group gets what is left, also 240.
+_GROUP_REGISTERS = gl.constexpr(240)
+_COPY_REGISTERS = gl.constexpr(24)
+
+# Sizes that must not make Gluon compile again whenever they happen to be 1 or divisible by 16.
+_SIZES = (
+    "num_heads", "num_video", "num_text", "video_start", "text_start", "programs",
+    "list_sb", "list_sh", "full_columns", "partial_columns",
+)  # fmt: skip
+
+
+@gluon.jit
+def _work(program, lists, sizes):
+    """What one program does: ``(b, h, first row, end of rows)`` and its steps.
+
+    Steps below ``partials`` are partial tiles, then comes a ragged last tile if there is one, and
+    from ``masked`` on full tiles up to ``steps``. Text queries go first: they take the longest.
+    """
+    full_count, full_index, partial_count, _partial_index, _partial_slot, _bits = lists
+    (num_heads, num_video, num_text, video_start, text_start, programs,
+     list_sb, list_sh, full_columns, _partial_columns) = sizes  # fmt: skip
+    video_tiles = gl.cdiv(num_video, TILE)
+    text_tiles = gl.cdiv(num_text, TILE)
+    text_programs = programs // (video_tiles + text_tiles) * text_tiles
+    is_text = program < text_programs
+    program = gl.where(is_text, program, program - text_programs)
+    tiles = gl.where(is_text, text_tiles, video_tiles)
+    tile = program % tiles
+    b = program // tiles // num_heads
+    h = program // tiles % num_heads
+    first = gl.where(is_text, text_start, video_start) + tile * TILE
+    end = gl.where(is_text, text_start + num_text, video_start + num_video)
+    row = gl.where(is_text, 0, b.to(gl.int64) * list_sb + h.to(gl.int64) * list_sh + tile)
+    listed = gl.where(is_text, video_tiles, gl.load(full_count + row))
+    partials = gl.where(is_text, 0, gl.load(partial_count + row))
+    # The list is ascending, so a ragged last tile can only be its last entry.
+    last = full_index + row * full_columns + listed - 1
+    last = gl.load(last, mask=(listed > 0) & (is_text == 0), other=-1)
+    last = gl.where(is_text, video_tiles - 1, last)
+    ragged = ((last == video_tiles - 1) & (num_video % TILE != 0)).to(gl.int32)
+    masked = partials + ragged + text_tiles
+    steps = masked + listed - ragged
+    return b, h, first, end, is_text, row, partials, ragged, masked, steps
+
+
+@gluon.jit
+def _key_row(step, work, lists, sizes):
+    """First key row of a step."""
+    _full_count, full_index, _partial_count, partial_index, _partial_slot, _bits = lists
+    (_num_heads, num_video, _num_text, video_start, text_start, _programs,
+     _list_sb, _list_sh, full_columns, partial_columns) = sizes  # fmt: skip
+    _b, _h, _first, _end, is_text, row, partials, ragged, masked, steps = work
+    is_partial = step < partials
+    is_full = step >= masked
+    partial = gl.load(partial_index + row * partial_columns + step, mask=is_partial, other=0)
+    full = full_index + row * full_columns + step - masked
+    full = gl.load(full, mask=is_full & (step < steps) & (is_text == 0), other=0)
+    full = gl.where(is_text, step - masked, full)
+    listed = video_start + gl.where(is_partial, partial, full) * TILE
+    rest = step - partials
+    last_tile = video_start + num_video // TILE * TILE
+    other = gl.where(rest < ragged, last_tile, text_start + (rest - ragged) * TILE)
+    return gl.where(is_partial | is_full, listed, other)
+
+
+@gluon.jit
+def _advance(stage, phase, STAGES: gl.constexpr):
+    """The next buffer of the ring; the phase flips when it starts over."""
+    wrapped = stage + 1 == STAGES
+    return gl.where(wrapped, 0, stage + 1), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def _copy(
+    descriptors, shared, lists, sizes, STAGES: gl.constexpr, PERSISTENT: gl.constexpr
+):  # fmt: skip
+    """The copying warp: all query, key and value tiles, in the order in which they are needed."""
+    q_desc, k_desc, v_desc = descriptors
+    q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = shared
+    q_bytes: gl.constexpr = 2 * q_desc.block_type.nbytes
+    tile_bytes: gl.constexpr = k_desc.block_type.nbytes
+    programs = sizes[5]
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
+    q_phase = gl.to_tensor(1)
+    for program in range(gl.program_id(0), programs, gl.num_programs(0)):
+        work = _work(program, lists, sizes)
+        b, h, first, _end, _is_text, _row, _partials, _ragged, _masked, steps = work
+        if PERSISTENT:
+            mbarrier.wait(q_empty, q_phase)
+            q_phase ^= 1
+        mbarrier.expect(q_ready, q_bytes)
+        for me in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                q_desc, [b, first + me * ROWS, h, 0], q_ready, q_smem.index(me)
+            )
+        n = _key_row(gl.to_tensor(0), work, lists, sizes)
+        # The list is read one step ahead: a copy would wait for its entry.
+        ahead = _key_row(gl.to_tensor(1), work, lists, sizes)
+        if steps > 0:
+            mbarrier.wait(k_empty.index(stage), phase)
+            mbarrier.expect(k_ready.index(stage), tile_bytes)
+            tma.async_copy_global_to_shared(
+                k_desc, [b, n, h, 0], k_ready.index(stage), k_smem.index(stage)
+            )
+        for step in range(0, steps):
+            # The next key tile before this value tile.
+            v_stage, v_phase, v_n = stage, phase, n
+            stage, phase = _advance(stage, phase, STAGES)
+            n = ahead
+            ahead = _key_row(step + 2, work, lists, sizes)
+            more = step + 1 < steps
+            mbarrier.wait(k_empty.index(stage), phase, pred=more)
+            mbarrier.expect(k_ready.index(stage), tile_bytes, pred=more)
+            tma.async_copy_global_to_shared(
+                k_desc, [b, n, h, 0], k_ready.index(stage), k_smem.index(stage), pred=more
+            )
+            mbarrier.wait(v_empty.index(v_stage), v_phase)
+            mbarrier.expect(v_ready.index(v_stage), tile_bytes)
+            tma.async_copy_global_to_shared(
+                v_desc, [b, v_n, h, 0], v_ready.index(v_stage), v_smem.index(v_stage)
+            )
+
+
+@gluon.jit
+def _wait_turn(me: gl.constexpr):
+    """Wait until the other group has issued its products. Hardware barriers 8 and 9 are free."""
+    if me == 0:
+        gl.inline_asm_elementwise("bar.sync 8, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+    else:
+        gl.inline_asm_elementwise("bar.sync 9, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def _pass_turn(me: gl.constexpr):
+    if me == 0:
+        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+    else:
+        gl.inline_asm_elementwise("bar.arrive 8, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def _scores(q, k_tile, s_layout: gl.constexpr, D: gl.constexpr):
+    keys = k_tile.reshape([TILE, D]).permute([1, 0])
+    zero = gl.zeros([ROWS, TILE], gl.float32, s_layout)
+    return warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _mask_words(
+    me: gl.constexpr, step, work, lists, sizes, by_word: gl.constexpr
+):  # fmt: skip
+    """Which keys of a step each row may see: int32 ``[ROWS, TILE / 32]``, bits as in `tiles.py`."""
+    _full_count, _full_index, _partial_count, _partial_index, partial_slot, bits = lists
+    num_video, num_text = sizes[1], sizes[2]
+    _b, _h, _first, _end, _is_text, row, partials, ragged, masked, _steps = work
+    partial_columns = sizes[9]
+    layout: gl.constexpr = gl.SliceLayout(2, by_word)
+    rows = me * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    words = gl.arange(0, TILE // 32, layout=gl.SliceLayout(0, layout))
+    is_partial = step < partials
+    slot = gl.load(partial_slot + row * partial_columns + step, mask=is_partial, other=0)
+    pattern = bits + slot.to(gl.int64) * (TILE * TILE // 32)
+    stored = gl.load(pattern + (rows * (TILE // 32))[:, None] + words[None, :])
+    # Elsewhere the first keys are visible: all of a full tile.
+    rest = step - partials
+    visible = gl.where(rest < ragged, num_video % TILE, num_text - (rest - ragged) * TILE)
+    visible = gl.where(step < masked, visible, TILE)
+    in_word = gl.minimum(gl.maximum(visible - words * 32, 0), 32)
+    leading = gl.where(in_word == 32, -1, (1 << in_word) - 1)
+    select = 0 - is_partial.to(gl.int32)
+    return (stored & select) | (leading & ~select)[None, :]
+
+
+@gluon.jit
+def _hide(s, words, by_word: gl.constexpr, s_layout: gl.constexpr):
+    """Scores of keys whose bit is 0 become -inf."""
+    split = s.reshape([ROWS, TILE // 32, 32])
+    bit = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, by_word)))
+    # A thread's columns differ in all bits but 1 and 2: one shift by these, then known constants.
+    shifted = words[:, :, None] >> (bit & 6)[None, None, :]
+    allowed = (shifted & (1 << (bit & 25))[None, None, :]) != 0
+    split = gl.where(allowed, split, float("-inf"))
+    return gl.convert_layout(split.reshape([ROWS, TILE]), s_layout)
+
+
+@gluon.jit
+def _partial_sum(p):
+    """Row sums over what each thread holds, as a tree: a chain of 32 additions is a long wait.
+
+    ``[ROWS, 4]``: the four lanes of a row are added once, at the end.
+    """
+    split = p.reshape([ROWS, TILE // 32, 4, 4, 2])
+    return gl.sum(gl.sum(gl.sum(split, 4), 2), 1)
+
+
+@gluon.jit
+def _softmax(s, peak, scale_log2, s_layout: gl.constexpr):
+    """Weights ``2 ** (score - peak)``, the new peak, and what older weights shrink by."""
+    split = s.reshape([ROWS, TILE // 32, 4, 4, 2])
+    top = gl.max(gl.max(gl.max(gl.max(split, 4), 2), 1), 1)
+    top = gl.convert_layout(top, gl.SliceLayout(1, s_layout))
+    new_peak = gl.maximum(peak, top * scale_log2)
+    weights = gl.exp2(s * scale_log2 - new_peak[:, None])
+    return weights, new_peak, gl.exp2(peak - new_peak)
+
+
+@gluon.jit
+def _shrunk_sum(total, shrink, weights):
+    shrink = gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))
+    return total * shrink[:, None] + _partial_sum(weights)
+
+
+@gluon.jit
+def _step(
+    me: gl.constexpr, q, step, state, work, shared, lists, sizes, scale_log2,
+    s_layout: gl.constexpr, o_layout: gl.constexpr, by_word: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr, LATE: gl.constexpr, PERSISTENT: gl.constexpr,
+    MASK: gl.constexpr,
+):  # fmt: skip
+    """Scores of this step, output product of the last one, softmax of this one."""
+    _q_smem, k_smem, v_smem, _q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = shared
+    acc, total, peak, p, shrink, stage, phase = state
+    steps = work[9]
+    if MASK:
+        words = _mask_words(me, step, work, lists, sizes, by_word)
+    v_stage, v_phase = stage, phase
+    stage, phase = _advance(stage, phase, STAGES)
+    if TURNS:
+        _wait_turn(me)
+    s = _scores(q, k_smem.index(stage), s_layout, D)
+    mbarrier.wait(v_ready.index(v_stage), v_phase)
+    if LATE:
+        # Under the product of the scores; the wait, a branch, holds it there.
+        acc = acc * shrink[:, None]
+    acc = warpgroup_mma(p, v_smem.index(v_stage).reshape([TILE, D]), acc, is_async=True)
+    if TURNS:
+        _pass_turn(me)
+    s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    if PERSISTENT:
+        mbarrier.arrive(q_empty, count=1, pred=step + 1 == steps)
+    if MASK:
+        s = _hide(s, words, by_word, s_layout)
+    weights, peak, shrink = _softmax(s, peak, scale_log2, s_layout)
+    total = _shrunk_sum(total, shrink, weights)
+    shrink = gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))
+    # The wait for the next key tile stands here, because ptxas moves the one for the product above
+    # the exponentials unless a branch is between them.
+    next_stage, next_phase = _advance(stage, phase, STAGES)
+    mbarrier.wait(k_ready.index(next_stage), next_phase, pred=step + 1 < steps)
+    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+    mbarrier.arrive(v_empty.index(v_stage), count=1)
+    if not LATE:
+        acc = acc * shrink[:, None]
+    p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
+    return acc, total, peak, p, shrink, stage, phase
+
+
+@gluon.jit
+def _store(
+    acc, total, peak, me: gl.constexpr, out_ptr, lse_ptr, work, sizes,
+    D: gl.constexpr, o_layout: gl.constexpr, WITH_LSE: gl.constexpr,
+):  # fmt: skip
+    """Rows that saw no key have total 0: output 0 and log-sum -inf."""
+    b, h, first, end = work[0], work[1], work[2], work[3]
+    num_heads, num_video, num_text = sizes[0], sizes[1], sizes[2]
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    total = gl.convert_layout(total, o_rows)
+    seen = gl.where(total > 0, total, 1.0)
+    rows = first + me * ROWS + gl.arange(0, ROWS, layout=o_rows)
+    columns = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
+    num_rows = (num_video + num_text).to(gl.int64)
+    base = (b * num_rows + rows) * num_heads + h
+    out = (acc * (1.0 / seen)[:, None]).to(out_ptr.dtype.element_ty)
+    gl.store(out_ptr + (base * D)[:, None] + columns[None, :], out, mask=(rows < end)[:, None])
+    if WITH_LSE:
+        LN2: gl.constexpr = 0.6931471805599453
+        lse = (gl.convert_layout(peak, o_rows) + gl.log2(seen)) * LN2
+        lse = gl.where(total > 0, lse, float("-inf"))
+        gl.store(lse_ptr + (b * num_heads + h) * num_rows + rows, lse, mask=rows < end)
+
+
+@gluon.jit
+def _attend(
+    me: gl.constexpr, out_ptr, lse_ptr, shared, lists, sizes, scale_log2,
+    D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, LATE: gl.constexpr,
+    PERSISTENT: gl.constexpr, WITH_LSE: gl.constexpr,
+):  # fmt: skip
+    """One group of warps: products and softmax of ``ROWS`` query rows.
+
+    Long, because the state of a step lives in registers, and all steps need all of it.
+    """
+    q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = shared
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    no_scores = gl.zeros([ROWS, TILE], gl.float32, s_layout)
+    by_word: gl.constexpr = no_scores.reshape([ROWS, TILE // 32, 32]).type.layout
+    q = q_smem.index(me).reshape([ROWS, D])
+    programs = sizes[5]
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    q_phase = gl.to_tensor(0)
+    if TURNS and me == 1:
+        _pass_turn(me)
+    for program in range(gl.program_id(0), programs, gl.num_programs(0)):
+        work = _work(program, lists, sizes)
+        masked, steps = work[8], work[9]
+        acc = gl.zeros([ROWS, D], gl.float32, o_layout)
+        peak = gl.full([ROWS], _NO_PEAK, gl.float32, gl.SliceLayout(1, s_layout))
+        total = _partial_sum(no_scores)
+        mbarrier.wait(q_ready, q_phase)
+        q_phase ^= 1
+        if steps > 0:
+            # The first step, with no output product to go with it.
+            words = _mask_words(me, gl.to_tensor(0), work, lists, sizes, by_word)
+            mbarrier.wait(k_ready.index(stage), phase)
+            s = _scores(q, k_smem.index(stage), s_layout, D)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            s = _hide(s, words, by_word, s_layout)
+            weights, peak, shrink = _softmax(s, peak, scale_log2, s_layout)
+            total += _partial_sum(weights)
+            p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
+            shrink = gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))
+            next_stage, next_phase = _advance(stage, phase, STAGES)
+            mbarrier.wait(k_ready.index(next_stage), next_phase, pred=steps > 1)
+
+            for step in range(1, masked):
+                acc, total, peak, p, shrink, stage, phase = _step(
+                    me, q, step, (acc, total, peak, p, shrink, stage, phase),
+                    work, shared, lists, sizes, scale_log2, s_layout, o_layout, by_word,
+                    D, STAGES, TURNS, LATE, PERSISTENT, True,
+                )  # fmt: skip
+            for step in range(gl.maximum(masked, 1), steps):
+                acc, total, peak, p, shrink, stage, phase = _step(
+                    me, q, step, (acc, total, peak, p, shrink, stage, phase),
+                    work, shared, lists, sizes, scale_log2, s_layout, o_layout, by_word,
+                    D, STAGES, TURNS, LATE, PERSISTENT, False,
+                )  # fmt: skip
+
+            # The last output product.
+            mbarrier.wait(v_ready.index(stage), phase)
+            if LATE:
+                # Written otherwise than in the loop: LLVM merges the two and moves them up.
+                acc = gl.inline_asm_elementwise(
+                    "mul.f32 $0, $1, $2;", "=f,f,f", [acc, shrink[:, None]], gl.float32, True, 1
+                )
+            acc = warpgroup_mma(p, v_smem.index(stage).reshape([TILE, D]), acc, is_async=True)
+            acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            stage, phase = _advance(stage, phase, STAGES)
+        if PERSISTENT:
+            # With more steps it was released in the last of them.
+            mbarrier.arrive(q_empty, count=1, pred=steps <= 1)
+        _store(
+            acc, gl.sum(total, 1), peak, me, out_ptr, lse_ptr, work, sizes, D, o_layout, WITH_LSE
+        )
+    if TURNS and me == 0:
+        # Leave no barrier half full.
+        _wait_turn(me)
+
+
+@gluon.jit(do_not_specialize=_SIZES)
+def _hopper_forward(
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr,
+    full_count, full_index, partial_count, partial_index, partial_slot, bits, scale_log2,
+    num_heads, num_video, num_text, video_start, text_start, programs,
+    list_sb, list_sh, full_columns, partial_columns,
+    D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, LATE: gl.constexpr,
+    PERSISTENT: gl.constexpr, WITH_LSE: gl.constexpr,
+):  # fmt: skip
+    """Set up the buffers and barriers, and send the warps to their jobs."""
+    dtype: gl.constexpr = k_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [2] + q_desc.block_type.shape, q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    mbarrier.init(q_ready, count=1)
+    mbarrier.init(q_empty, count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+
+    shared = (q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
+    lists = (full_count, full_index, partial_count, partial_index, partial_slot, bits)
+    sizes = (num_heads, num_video, num_text, video_start, text_start, programs,
+             list_sb, list_sh, full_columns, partial_columns)  # fmt: skip
+    # The tuples are written out: assigned to a name, their constants would become run-time values.
+    gl.warp_specialize(
+        [
+            (_attend, (0, out_ptr, lse_ptr, shared, lists, sizes, scale_log2,
+                       D, STAGES, TURNS, LATE, PERSISTENT, WITH_LSE)),
+            (_attend, (1, out_ptr, lse_ptr, shared, lists, sizes, scale_log2,
+                       D, STAGES, TURNS, LATE, PERSISTENT, WITH_LSE)),
+            (_copy, ((q_desc, k_desc, v_desc), shared, lists, sizes, STAGES, PERSISTENT)),
+        ],
+        [4, 1],
+        [_GROUP_REGISTERS, _COPY_REGISTERS],
+    )  # fmt: skip
+
+
+def hopper_block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: TileLists,
+    *,
+    text_length: int = 0,
+    text_first: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    config: HopperConfig | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which video queries see only the video keys on ``lists``, and all text keys.
+
+    The same as `block_sparse_attention` of `block_sparse.py`, faster and for fewer calls: Hopper,
+    head sizes 64 and 128, half precision, tiles of 128 tokens. Nothing is synchronised; a tensor is
+    copied only if its strides are beyond the copy engine (no multiples of 16 bytes).
+
+    Args:
+        query: ``[B, N, H, D]`` with ``N = lists.num_tokens + text_length`` and ``D`` 64 or 128;
+            float16 or bfloat16.
+        key: like ``query``.
+        value: like ``query``.
+        lists: the tiles to visit, on the same device, of 128 tokens.
+        text_length: text tokens; their rows come after the video rows.
+        text_first: whether the text rows come before the video rows instead.
+        scale: positive factor on ``query @ key``; ``D ** -0.5`` when None.
+        return_lse: also return the log-sum of exponentials.
+        config: None takes what was measured best.
+
+    Returns:
+        The output ``[B, N, H, D]`` in the input's dtype, and if asked the natural-log sum of
+        exponentials of the scaled scores, float32 ``[B, H, N]``. A query without any allowed key
+        gets output 0 and log-sum -inf.
+
+    Raises:
+        OperatorUnavailableError: if the kernel cannot run this call.
+        GridMismatchError: if ``N`` is not ``lists.num_tokens + text_length``.
+        OptionError: if tensors and lists do not fit together, or ``scale`` is not positive.
+    """
+    scale = check_call(query, key, value, lists, text_length, scale)
+    out, lse = _hopper_op(
+        query, key, value, lists.full_count, lists.full_index, lists.partial_count,
+        lists.partial_index, lists.partial_slot, lists.bits, lists.block_size, lists.num_tokens,
+        text_first, scale, return_lse, None if config is None else list(astuple(config)),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+@torch.library.custom_op("dit_accel::block_sparse_attention_hopper", mutates_args=())
+def _hopper_op(
+    query: Tensor, key: Tensor, value: Tensor,
+    full_count: Tensor, full_index: Tensor,
+    partial_count: Tensor, partial_index: Tensor, partial_slot: Tensor, bits: Tensor,
+    block_size: int, num_video: int, text_first: bool, scale: float, with_lse: bool,
+    config: list[int] | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch the kernel. A custom operator, so that torch.compile traces past it unbroken."""
+    batch, num_tokens, heads, head_size = query.shape
+    reason = why_no_hopper_kernel(query.device, query.dtype, head_size, block_size)
+    if reason is not None:
+        raise OperatorUnavailableError(f"the Hopper kernel cannot run this call: {reason}.")
+    out = query.new_empty(query.shape)
+    lse = empty_lse(query, with_lse)
+    num_text = num_tokens - num_video
+    tiles = triton.cdiv(num_video, block_size) + triton.cdiv(num_text, block_size)
+    programs = tiles * batch * heads
+    list_batch, list_heads, rows = full_count.shape
+    longest = full_index.shape[-1] + partial_index.shape[-1]
+    cfg = HopperConfig(*config) if config else hopper_config(head_size, longest, num_text > 0)
+    grid = programs
+    if cfg.persistent:
+        grid = min(programs, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    with torch.cuda.device_of(query):
+        _hopper_forward[(grid,)](
+            _descriptor(query, ROWS.value), _descriptor(key, block_size),
+            _descriptor(value, block_size), out, lse, full_count, full_index, partial_count,
+            partial_index, partial_slot, bits.view(torch.int32), scale * math.log2(math.e),
+            heads, num_video, num_text,
+            num_text if text_first else 0, 0 if text_first else num_video, programs,
+            list_heads * rows if list_batch > 1 else 0, rows if list_heads > 1 else 0,
+            full_index.shape[-1], partial_index.shape[-1],
+            D=head_size, STAGES=cfg.stages, TURNS=bool(cfg.turns), LATE=bool(cfg.late),
+            PERSISTENT=bool(cfg.persistent), WITH_LSE=with_lse, num_warps=4, maxnreg=168,
+        )  # fmt: skip
+    return out, lse
+
+
+@_hopper_op.register_fake
+def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    with_lse = bool(rest[-2])
+    return query.new_empty(query.shape), empty_lse(query, with_lse)
+
+
+def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """Let the copy engine read ``rows`` rows of one head at a time."""
+    head_size = tensor.shape[-1]
+    if not fits_copy_engine(tensor, head_size):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor.from_tensor(tensor, [1, rows, 1, head_size], layout)
