@@ -105,8 +105,15 @@ def accelerate_pipeline(
             "['radial', 'remainder_cache']."
         )
     acceleration = Acceleration(pipe, runtime, tuple(methods.values()), preset.source)
+    before = pipe.__dict__.get(_ATTRIBUTE)
     restore_pipeline(pipe)
-    acceleration.attach()
+    try:
+        acceleration.attach()
+    except BaseException:
+        if before is not None:  # what was refused leaves the pipeline as it was
+            before.attach()
+            object.__setattr__(pipe, _ATTRIBUTE, before)
+        raise
     object.__setattr__(pipe, _ATTRIBUTE, acceleration)
     return pipe
 

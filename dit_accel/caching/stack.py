@@ -129,8 +129,8 @@ class _Branch:
 
     @property
     def bytes_held(self) -> int:
-        tensors = [value for value in vars(self.gate).values() if isinstance(value, Tensor)]
-        held = sum(tensor.nbytes for tensor in tensors)
+        values = {id(value): value for value in vars(self.gate).values()}.values()
+        held = sum(value.nbytes for value in values if isinstance(value, Tensor))
         return held + sum(predictor.bytes_held for predictor in self.predictors.values())
 
 
@@ -240,7 +240,7 @@ class StackSession(Session):
             self._blocks[id(transformer)][index], args, kwargs
         )
         streams = family.streams_in(own_args, own_kwargs)
-        if index == 0:
+        if index == 0 and running.branch.gate.first_blocks:
             running.first = streams
         if index == running.branch.gate.first_blocks:
             modulate = partial(
@@ -251,10 +251,10 @@ class StackSession(Session):
         if run is None:
             running.ran.append(True)
             return inner(*args, **kwargs)
-        if index == run.start:
-            running.head = streams
         step = running.forward.moment.step or 0
         skipped = running.full is False and running.branch.gate.skips(run, step)
+        if index == run.start and (skipped or self._keeps(running.branch, run, running.forward)):
+            running.head = streams
         running.ran.append(not skipped)
         output = family.as_output(streams) if skipped else inner(*args, **kwargs)
         if index < run.stop - 1 or running.head is None:
@@ -265,9 +265,16 @@ class StackSession(Session):
         predictor, when = running.branch.predictors[run], _when(running.forward.moment)
         if skipped:
             return family.as_output(head.map(torch.add, predictor.predict(when)))
-        if predictor.order or running.branch.gate.keeps(run, step):
-            predictor.update(when, family.streams_out(output).map(torch.sub, head))
+        predictor.update(when, family.streams_out(output).map(torch.sub, head))
         return output
+
+    def _keeps(self, branch: _Branch, run: range, forward: Forward) -> bool:
+        """Whether a later step may use what a run adds in this one."""
+        step, total = forward.moment.step or 0, forward.moment.num_steps or 0
+        if branch.predictors[run].order:
+            return step + 1 < total
+        forced = self.cache.limits(total).forced(step + 1, total)
+        return not forced and branch.gate.keeps(run, step)
 
     def _decide(
         self,
@@ -280,6 +287,7 @@ class StackSession(Session):
         residual = None
         if gate.first_blocks and running.first is not None:
             residual = streams.video - running.first.video
+            running.first = None
         parallel = compat.parallel_config(self.seam.family.attention_layers(forward.transformer))
         look = Look(
             forward.moment,

@@ -10,6 +10,8 @@ from dit_accel import accelerate_pipeline, acceleration_report, list_methods, re
 
 # Remainder reuse goes with a sparse method alone, and has tests of its own.
 CACHES = [name for name in list_methods("cache") if name != "remainder_cache"]
+# One of each engine, and a gate that looks at values: what they share is tested on these.
+ENGINES = ["dual_block_cache", "profiling_cache", "pab", "unconditional_cache"]
 BRANCHES = {"sd3": {"cond_uncond"}}
 
 
@@ -52,7 +54,7 @@ def test_it_skips_says_so_and_leaves_no_trace(subject, cache):
     )
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", ENGINES)
 def test_an_interrupted_generation_leaves_nothing_behind(subject, cache):
     accelerate_pipeline(subject.pipe, cache, **ACTIVE[cache])
     out = subject.run()
@@ -69,7 +71,7 @@ def test_an_interrupted_generation_leaves_nothing_behind(subject, cache):
     assert torch.equal(subject.run(), out)
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", ENGINES)
 def test_a_batch_of_prompts(subject, cache):
     """One decision for the batch; a larger batch after a smaller one starts anew."""
     accelerate_pipeline(subject.pipe, cache, **ACTIVE[cache])
@@ -154,14 +156,14 @@ def test_few_steps_run_in_full_and_say_so(cache):
     assert any("min_steps" in note for note in acceleration_report(subject.pipe).notes)
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", ENGINES)
 def test_together_with_a_sparse_method(subject, cache):
     """The first sparse step runs in full: tokens have another order from there on."""
     check_together(subject, "gna", cache)
 
 
 @pytest.mark.parametrize("attention", ["radial", "pisa"])
-@pytest.mark.parametrize("cache", ["dual_block_cache", "profiling_cache"])
+@pytest.mark.parametrize("cache", CACHES)
 def test_together_with_other_sparse_methods(attention, cache):
     check_together(Subject("wan"), attention, cache)
 

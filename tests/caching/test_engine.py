@@ -219,6 +219,28 @@ def test_refusals_leave_nothing_half_installed(method, options, says):
     assert not transformer._forward_pre_hooks
 
 
+def test_a_refused_cache_leaves_the_one_before_in_place():
+    subject = Subject("wan")
+    accelerate_pipeline(subject.pipe, "first_block_cache", threshold=1e9)
+    cached = subject.run()
+    with pytest.raises(OptionError, match="would skip none"):
+        accelerate_pipeline(subject.pipe, "dual_block_cache", first_blocks=3)
+    assert torch.equal(subject.run(), cached)
+    assert acceleration_report(subject.pipe).method == "first_block_cache"
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_a_compiled_wrapper_around_the_transformer_is_told():
+    subject = Subject("wan")
+    dense = subject.run()
+    accelerate_pipeline(subject.pipe, "first_block_cache", threshold=1e9)
+    subject.pipe.transformer = torch.compile(subject.pipe.transformer, backend="eager")
+    with pytest.warns(UserWarning, match="did nothing: its blocks did not run one by one"):
+        out = subject.run()
+    torch.testing.assert_close(out, dense)
+    torch._dynamo.reset()
+
+
 def profile(**changes) -> dict:
     content = {
         "version": 1,
