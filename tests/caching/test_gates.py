@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cache_subjects import Subject, marks
+from cache_subjects import STEPS, Subject, marks
 
 from dit_accel import accelerate_pipeline, acceleration_report, restore_pipeline
 from dit_accel.caching.gates import Limits, mask_from, nearest, polynomial, relative_l1
@@ -154,6 +154,24 @@ def test_the_filter_is_diffusers_own(sigma):
     latent = torch.randn(1, 4, 5, 6, 16)
     theirs = sea._apply_sea_filter(latent[0], sigma=sigma, power_exp=3.0)
     torch.testing.assert_close(wiener_filter(latent, sigma, 3.0)[0], theirs)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 1.0])
+def test_seacache_runs_as_many_blocks_as_diffusers_does(threshold):
+    """Its residual is extrapolated in the scheduler's time here, in steps there: near, not equal."""
+    pytest.importorskip("diffusers.hooks.sea_cache")
+    from diffusers import SeaCacheConfig
+
+    subject, calls = Subject("wan"), []
+    subject.pipe.transformer.blocks[1].attn1.register_forward_hook(lambda *_: calls.append(1))
+    subject.pipe.transformer.enable_cache(SeaCacheConfig(threshold=threshold))
+    theirs, expected = subject.run(), len(calls)
+    subject.pipe.transformer.disable_cache()
+    calls.clear()
+    accelerate_pipeline(subject.pipe, "seacache", threshold=threshold)
+    ours = subject.run()
+    assert len(calls) == expected < 2 * STEPS
+    assert (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
 def test_first_block_cache_decides_as_diffusers_does():
