@@ -158,7 +158,7 @@ def test_the_filter_is_diffusers_own(sigma):
 
 @pytest.mark.parametrize("threshold", [0.3, 1.0])
 def test_seacache_runs_as_many_blocks_as_diffusers_does(threshold):
-    """Its residual is extrapolated in the scheduler's time here, in steps there: near, not equal."""
+    """Near, not equal: it extrapolates over steps, and ours over the scheduler's times."""
     pytest.importorskip("diffusers.hooks.sea_cache")
     from diffusers import SeaCacheConfig
 
