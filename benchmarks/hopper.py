@@ -1,7 +1,7 @@
 """The kernel for Hopper under several settings, beside the portable one and its peers.
 
     python benchmarks/hopper.py > hopper.jsonl
-    python benchmarks/hopper.py --only hopper stages3 --tokens 75600 --head-size 128
+    python benchmarks/hopper.py --only hopper stages=3,late=0 --tokens 75600 --head-size 128
 
 JSON lines: first one per variant with its error at a small size, then one per case and variant with
 TFLOP/s on attended pairs. Lists are random, or a band of tiles around each tile; "masked" is random
@@ -37,17 +37,23 @@ from dit_accel.operators import make_operators
 from dit_accel.plan import BlockSparsePlan
 
 HEADS = 8
-SETTINGS: dict[str, HopperConfig | None] = {
-    "hopper": None,  # what the product picks
-    "plain": HopperConfig(turns=False, late=False),
-    "late": HopperConfig(late=True),
-    "persistent": HopperConfig(late=True, persistent=True),
-    "early-persistent": HopperConfig(late=False, persistent=True),
-    "stages3": HopperConfig(stages=3),
-    "stages3-persistent": HopperConfig(stages=3, persistent=True),
-}
-VARIANTS = ("cudnn", "triton", "flash-attn-4", *SETTINGS)
-DEFAULT = ("cudnn", "triton", "flash-attn-4", "hopper", "persistent", "stages3-persistent")
+PEERS = ("cudnn", "triton", "flash-attn-4")
+DEFAULT = (
+    *PEERS,
+    "hopper",  # what the product picks
+    "late=1,persistent=0",
+    "late=1,persistent=1",
+    "late=0,persistent=1",
+    "stages=3,persistent=1",
+)
+
+
+def settings(variant: str) -> HopperConfig | None:
+    """Read a variant such as ``stages=3,late=0``, fields of `HopperConfig`."""
+    if variant == "hopper":
+        return None
+    fields = dict(field.split("=") for field in variant.split(","))
+    return HopperConfig(**{name: int(value) for name, value in fields.items()})
 
 
 def runner(variant: str, case: Case, masked: bool) -> Callable[[], Tensor] | None:
@@ -68,7 +74,7 @@ def runner(variant: str, case: Case, masked: bool) -> Callable[[], Tensor] | Non
         return lambda: operator.run(*case.qkv, plan, None, False)[0]
     from dit_accel.kernels.block_sparse_hopper import hopper_block_sparse_attention
 
-    return partial(hopper_block_sparse_attention, *case.qkv, lists, config=SETTINGS[variant])
+    return partial(hopper_block_sparse_attention, *case.qkv, lists, config=settings(variant))
 
 
 def check(variant: str) -> dict[str, Any]:
@@ -181,7 +187,9 @@ def _forward(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
 def main() -> None:
     """Parse the command line; check, then measure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(DEFAULT))
+    parser.add_argument(
+        "--only", nargs="+", default=list(DEFAULT), help="peers, hopper, or settings to try"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[75_600, 32_760, 118_800])
     parser.add_argument("--head-size", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.25, 0.1])

@@ -60,7 +60,8 @@ def accelerate_pipeline(
             steps, or ``(first, last)``. None: as published for this method and family.
         dense_layers: number of first layers that stay dense, or their indices. None likewise.
         min_tokens: video tokens under which everything stays dense. None: 2048.
-        backend: "auto", or the operator that must run: "triton", "flash-attn-4", "flex", "torch".
+        backend: "auto", or the operator that must run: "hopper", "triton", "flash-attn-4", "flex",
+            "torch".
         guard: reserved for the quality guard; must be None.
         options: options of the methods given by name, e.g. ``decay=0.5``; a dict under a method's
             name goes to that method alone, e.g. ``radial={"decay": 0.5}``.

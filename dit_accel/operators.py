@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dit_accel.call import text_back, text_last
 from dit_accel.errors import OperatorUnavailableError, OptionError, did_you_mean
-from dit_accel.kernels.backend import why_no_hopper_kernel
+from dit_accel.kernels.backend import why_no_gluon, why_no_hopper_kernel
 from dit_accel.kernels.statistics import block_statistics
 from dit_accel.plan import BlockSparsePlan, JointPlan
 
@@ -140,7 +140,8 @@ class HopperOperator(Operator):
         """Need triton 3.6 or newer and a GPU of compute capability 9.0."""
         if not torch.cuda.is_available():
             return "no NVIDIA GPU was found"
-        return why_no_hopper_kernel(torch.device("cuda"), torch.float16, 64, 128)
+        device = torch.device("cuda")
+        return why_no_gluon() or why_no_hopper_kernel(device, torch.float16, 64, 128)
 
     def why_not(self, plan: SparsePlan, query: Tensor) -> str | None:
         """Check device, dtype, head size and block size too."""
@@ -362,7 +363,8 @@ def choose_operator(
                 "`dit-accel doctor`."
             )
         return Choice(operators[backend], ())
-    gpu = ("hopper", "triton", "flash-attn-4", "flex", "torch")
+    # "hopper" is not among them: its loop with masks has been compiled and read, not run.
+    gpu = ("triton", "flash-attn-4", "flex", "torch")
     preferred = ("torch",) if query.device.type in UNCOMPILED else gpu
     rejected: list[tuple[str, str]] = []
     for name in preferred:

@@ -30,7 +30,7 @@ class EasyCache(StackCache):
     name: ClassVar[str] = "easycache"
     paper: ClassVar[str] = "EasyCache, 2507.02860"
     strength: ClassVar[str] = "threshold"
-    strengths: ClassVar[tuple[float, ...]] = (0.025, 0.05, 0.1)
+    strengths: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2)
 
     threshold: float = 0.05
     first_steps: Steps = field(default=0.15, kw_only=True)

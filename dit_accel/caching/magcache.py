@@ -32,7 +32,7 @@ class MagCache(StackCache):
     name: ClassVar[str] = "magcache"
     paper: ClassVar[str] = "MagCache, 2506.09045"
     strength: ClassVar[str] = "threshold"
-    strengths: ClassVar[tuple[float, ...]] = (0.06, 0.12, 0.24)
+    strengths: ClassVar[tuple[float, ...]] = (0.12, 0.24, 0.4)
 
     threshold: float = 0.06
     ratios: tuple[float, ...] | None = None

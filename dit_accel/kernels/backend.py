@@ -41,35 +41,29 @@ def use_triton(backend: Backend, tensor: Tensor, why_unavailable: Callable[[], s
     return reason is None
 
 
-HOPPER_HEAD_SIZES = (64, 128)
-HOPPER_BLOCK_SIZE = 128
+def why_no_gluon() -> str | None:
+    """Say why Gluon, in which the kernel for Hopper is written, can't be used, or return None."""
+    for package in ("triton", "pytorch-triton"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if tuple(int(part) for part in version.split(".")[:2]) >= (3, 6):
+            return None
+        return f"it needs triton 3.6 or newer (its language Gluon), not {version}"
+    return "the package triton is not installed"
 
 
 def why_no_hopper_kernel(
     device: torch.device, dtype: torch.dtype, head_size: int, block_size: int
 ) -> str | None:
-    """Say why `block_sparse_hopper` can't run such a call, or return None. Imports no triton."""
+    """Say why `block_sparse_hopper`, given Gluon, can't run such a call, or return None."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {dtype} is not float16 or bfloat16"
-    if head_size not in HOPPER_HEAD_SIZES:
+    if head_size not in (64, 128):
         return f"head size {head_size} is not 64 or 128"
-    if block_size != HOPPER_BLOCK_SIZE:
-        return f"block size {block_size} is not {HOPPER_BLOCK_SIZE}"
-    return why_no_gluon() or _why_no_hopper(device)
-
-
-def why_no_gluon() -> str | None:
-    """Say why Gluon can't be used, or return None."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "the package triton is not installed"
-    if tuple(int(part) for part in version.split(".")[:2]) < (3, 6):
-        return f"it needs triton 3.6 or newer (its language Gluon), not {version}"
-    return None
-
-
-def _why_no_hopper(device: torch.device) -> str | None:
+    if block_size != 128:
+        return f"block size {block_size} is not 128"
     if device.type != "cuda" or torch.version.cuda is None:
         return f"it needs an NVIDIA GPU, and the tensors are on {device}"
     capability = torch.cuda.get_device_capability(device)

@@ -9,8 +9,7 @@ et al. 2024, is the model). One program owns a tile of 128 queries of one head:
   before the output product of the last one, so that the tensor cores work under its softmax, and
   the two groups take turns at issuing, so that one's softmax runs under the other's products.
 
-A program's steps are key tiles in this order: partial tiles, a ragged last tile, text - each with a
-mask, in a loop of their own - and then full tiles. A text query visits everything.
+Steps with a mask come first, in a loop of their own; `hopper_steps.py` says which they are.
 
 Buffers are handed over by mbarriers: ``ready`` by the copy engine, ``empty`` by the two groups.
 """
@@ -41,17 +40,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from dit_accel.errors import OperatorUnavailableError
 from dit_accel.kernels.backend import why_no_hopper_kernel
 from dit_accel.kernels.block_sparse import check_call, empty_lse, fits_copy_engine
+from dit_accel.kernels.hopper_steps import ROWS, TILE, key_row, mask_words, program_work
 from dit_accel.kernels.tiles import TileLists
 from dit_accel.kernels.tuning import HopperConfig, hopper_config
 
 # Stands for "no key seen yet": finite, so that the difference of two peaks is never inf - inf.
 _NO_PEAK = gl.constexpr(-1e30)
-
-TILE = gl.constexpr(128)
-"""Queries per program and keys per step; the lists' block size must be the same."""
-
-ROWS = gl.constexpr(64)
-"""Query rows of one group of warps."""
 
 # Registers per thread of the second group and of the copying warp, out of 12 warps of at most 168;
 # the first group gets what is left, also 240.
@@ -63,60 +57,6 @@ _SIZES = (
     "num_heads", "num_video", "num_text", "video_start", "text_start", "programs",
     "list_sb", "list_sh", "full_columns", "partial_columns",
 )  # fmt: skip
-
-
-@gluon.jit
-def _work(program, lists, sizes):
-    """What one program does: ``(b, h, first row, end of rows)`` and its steps.
-
-    Steps below ``partials`` are partial tiles, then comes a ragged last tile if there is one, and
-    from ``masked`` on full tiles up to ``steps``. Text queries go first: they take the longest.
-    """
-    full_count, full_index, partial_count, _partial_index, _partial_slot, _bits = lists
-    (num_heads, num_video, num_text, video_start, text_start, programs,
-     list_sb, list_sh, full_columns, _partial_columns) = sizes  # fmt: skip
-    video_tiles = gl.cdiv(num_video, TILE)
-    text_tiles = gl.cdiv(num_text, TILE)
-    text_programs = programs // (video_tiles + text_tiles) * text_tiles
-    is_text = program < text_programs
-    program = gl.where(is_text, program, program - text_programs)
-    tiles = gl.where(is_text, text_tiles, video_tiles)
-    tile = program % tiles
-    b = program // tiles // num_heads
-    h = program // tiles % num_heads
-    first = gl.where(is_text, text_start, video_start) + tile * TILE
-    end = gl.where(is_text, text_start + num_text, video_start + num_video)
-    row = gl.where(is_text, 0, b.to(gl.int64) * list_sb + h.to(gl.int64) * list_sh + tile)
-    listed = gl.where(is_text, video_tiles, gl.load(full_count + row))
-    partials = gl.where(is_text, 0, gl.load(partial_count + row))
-    # The list is ascending, so a ragged last tile can only be its last entry.
-    last = full_index + row * full_columns + listed - 1
-    last = gl.load(last, mask=(listed > 0) & (is_text == 0), other=-1)
-    last = gl.where(is_text, video_tiles - 1, last)
-    ragged = ((last == video_tiles - 1) & (num_video % TILE != 0)).to(gl.int32)
-    masked = partials + ragged + text_tiles
-    steps = masked + listed - ragged
-    return b, h, first, end, is_text, row, partials, ragged, masked, steps
-
-
-@gluon.jit
-def _key_row(step, work, lists, sizes):
-    """First key row of a step."""
-    _full_count, full_index, _partial_count, partial_index, _partial_slot, _bits = lists
-    (_num_heads, num_video, _num_text, video_start, text_start, _programs,
-     _list_sb, _list_sh, full_columns, partial_columns) = sizes  # fmt: skip
-    _b, _h, _first, _end, is_text, row, partials, ragged, masked, steps = work
-    is_partial = step < partials
-    is_full = step >= masked
-    partial = gl.load(partial_index + row * partial_columns + step, mask=is_partial, other=0)
-    full = full_index + row * full_columns + step - masked
-    full = gl.load(full, mask=is_full & (step < steps) & (is_text == 0), other=0)
-    full = gl.where(is_text, step - masked, full)
-    listed = video_start + gl.where(is_partial, partial, full) * TILE
-    rest = step - partials
-    last_tile = video_start + num_video // TILE * TILE
-    other = gl.where(rest < ragged, last_tile, text_start + (rest - ragged) * TILE)
-    return gl.where(is_partial | is_full, listed, other)
 
 
 @gluon.jit
@@ -140,7 +80,7 @@ def _copy(
     phase = gl.to_tensor(1)
     q_phase = gl.to_tensor(1)
     for program in range(gl.program_id(0), programs, gl.num_programs(0)):
-        work = _work(program, lists, sizes)
+        work = program_work(program, lists, sizes)
         b, h, first, _end, _is_text, _row, _partials, _ragged, _masked, steps = work
         if PERSISTENT:
             mbarrier.wait(q_empty, q_phase)
@@ -150,9 +90,9 @@ def _copy(
             tma.async_copy_global_to_shared(
                 q_desc, [b, first + me * ROWS, h, 0], q_ready, q_smem.index(me)
             )
-        n = _key_row(gl.to_tensor(0), work, lists, sizes)
+        n = key_row(gl.to_tensor(0), work, lists, sizes)
         # The list is read one step ahead: a copy would wait for its entry.
-        ahead = _key_row(gl.to_tensor(1), work, lists, sizes)
+        ahead = key_row(gl.to_tensor(1), work, lists, sizes)
         if steps > 0:
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_ready.index(stage), tile_bytes)
@@ -164,7 +104,7 @@ def _copy(
             v_stage, v_phase, v_n = stage, phase, n
             stage, phase = _advance(stage, phase, STAGES)
             n = ahead
-            ahead = _key_row(step + 2, work, lists, sizes)
+            ahead = key_row(step + 2, work, lists, sizes)
             more = step + 1 < steps
             mbarrier.wait(k_empty.index(stage), phase, pred=more)
             mbarrier.expect(k_ready.index(stage), tile_bytes, pred=more)
@@ -203,40 +143,18 @@ def _scores(q, k_tile, s_layout: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _mask_words(
-    me: gl.constexpr, step, work, lists, sizes, by_word: gl.constexpr
-):  # fmt: skip
-    """Which keys of a step each row may see: int32 ``[ROWS, TILE / 32]``, bits as in `tiles.py`."""
-    _full_count, _full_index, _partial_count, _partial_index, partial_slot, bits = lists
-    num_video, num_text = sizes[1], sizes[2]
-    _b, _h, _first, _end, _is_text, row, partials, ragged, masked, _steps = work
-    partial_columns = sizes[9]
-    layout: gl.constexpr = gl.SliceLayout(2, by_word)
-    rows = me * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    words = gl.arange(0, TILE // 32, layout=gl.SliceLayout(0, layout))
-    is_partial = step < partials
-    slot = gl.load(partial_slot + row * partial_columns + step, mask=is_partial, other=0)
-    pattern = bits + slot.to(gl.int64) * (TILE * TILE // 32)
-    stored = gl.load(pattern + (rows * (TILE // 32))[:, None] + words[None, :])
-    # Elsewhere the first keys are visible: all of a full tile.
-    rest = step - partials
-    visible = gl.where(rest < ragged, num_video % TILE, num_text - (rest - ragged) * TILE)
-    visible = gl.where(step < masked, visible, TILE)
-    in_word = gl.minimum(gl.maximum(visible - words * 32, 0), 32)
-    leading = gl.where(in_word == 32, -1, (1 << in_word) - 1)
-    select = 0 - is_partial.to(gl.int32)
-    return (stored & select) | (leading & ~select)[None, :]
-
-
-@gluon.jit
 def _hide(s, words, by_word: gl.constexpr, s_layout: gl.constexpr):
     """Scores of keys whose bit is 0 become -inf."""
     split = s.reshape([ROWS, TILE // 32, 32])
     bit = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, by_word)))
-    # A thread's columns differ in all bits but 1 and 2: one shift by these, then known constants.
-    shifted = words[:, :, None] >> (bit & 6)[None, None, :]
-    allowed = (shifted & (1 << (bit & 25))[None, None, :]) != 0
-    split = gl.where(allowed, split, float("-inf"))
+    # Each bit goes to the sign of its byte, which `prmt` copies to all of a register: two
+    # instructions for a score, and none of the few predicates.
+    shifted = words[:, :, None] << (7 - bit % 8)[None, None, :]
+    byte = (0x8888 + 0x1111 * (bit // 8))[None, None, :]
+    split = gl.inline_asm_elementwise(
+        "{.reg .b32 m; prmt.b32 m, $2, 0, $3; lop3.b32 $0, $1, m, 0xff800000, 0xe2;}",
+        "=f,f,r,r", [split, shifted, byte], gl.float32, True, 1,
+    )  # fmt: skip
     return gl.convert_layout(split.reshape([ROWS, TILE]), s_layout)
 
 
@@ -279,7 +197,7 @@ def _step(
     acc, total, peak, p, shrink, stage, phase = state
     steps = work[9]
     if MASK:
-        words = _mask_words(me, step, work, lists, sizes, by_word)
+        words = mask_words(me, step, work, lists, sizes, by_word)
     v_stage, v_phase = stage, phase
     stage, phase = _advance(stage, phase, STAGES)
     if TURNS:
@@ -360,7 +278,7 @@ def _attend(
     if TURNS and me == 1:
         _pass_turn(me)
     for program in range(gl.program_id(0), programs, gl.num_programs(0)):
-        work = _work(program, lists, sizes)
+        work = program_work(program, lists, sizes)
         masked, steps = work[8], work[9]
         acc = gl.zeros([ROWS, D], gl.float32, o_layout)
         peak = gl.full([ROWS], _NO_PEAK, gl.float32, gl.SliceLayout(1, s_layout))
@@ -369,7 +287,7 @@ def _attend(
         q_phase ^= 1
         if steps > 0:
             # The first step, with no output product to go with it.
-            words = _mask_words(me, gl.to_tensor(0), work, lists, sizes, by_word)
+            words = mask_words(me, gl.to_tensor(0), work, lists, sizes, by_word)
             mbarrier.wait(k_ready.index(stage), phase)
             s = _scores(q, k_smem.index(stage), s_layout, D)
             s = warpgroup_mma_wait(0, deps=[s])
@@ -388,6 +306,8 @@ def _attend(
                     work, shared, lists, sizes, scale_log2, s_layout, o_layout, by_word,
                     D, STAGES, TURNS, LATE, PERSISTENT, True,
                 )  # fmt: skip
+            # Two by two, or LLVM would unpack and pack them in each step of the next loop.
+            p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], p.dtype, True, 2)
             for step in range(gl.maximum(masked, 1), steps):
                 acc, total, peak, p, shrink, stage, phase = _step(
                     me, q, step, (acc, total, peak, p, shrink, stage, phase),
