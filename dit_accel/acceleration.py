@@ -7,7 +7,7 @@ what the tokens are. Everything is undone in reverse by `restore_pipeline`.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from dit_accel.registry import family_class, list_families, method_class
 from dit_accel.report import AccelerationReport, forward_seconds
 from dit_accel.runtime import Runtime, warn_switched_off
 from dit_accel.schedule import Schedule, Steps
-from dit_accel.session import AttentionSession, SessionMethod, arguments_by_name
+from dit_accel.session import AttentionSession, Session, SessionMethod, arguments_by_name
 
 _ATTRIBUTE = "_dit_accel"
 _UNSET = object()
@@ -98,24 +98,10 @@ def accelerate_pipeline(
     )
     runtime = Runtime(pipe, family, attention, schedule, backend, density)
     runtime.recorder.notes += notes
-    acting = [m for m in methods.values() if isinstance(m, SessionMethod)]
-    runtime.sessions = tuple(method.session(pipe, runtime.seam) for method in acting)
-    if attention is None and any(isinstance(s, AttentionSession) for s in runtime.sessions):
-        raise OptionError(
-            f"method={method!r} acts on a sparse method's attention: add one, such as "
-            "['radial', 'remainder_cache']."
-        )
-    acceleration = Acceleration(pipe, runtime, tuple(methods.values()), preset.source)
-    before = pipe.__dict__.get(_ATTRIBUTE)
-    restore_pipeline(pipe)
-    try:
-        acceleration.attach()
-    except BaseException:
-        if before is not None:  # what was refused leaves the pipeline as it was
-            before.attach()
-            object.__setattr__(pipe, _ATTRIBUTE, before)
-        raise
-    object.__setattr__(pipe, _ATTRIBUTE, acceleration)
+    runtime.sessions = _start_sessions(pipe, runtime, methods.values())
+    names = [member for member in chosen if isinstance(member, str)]
+    sources = [preset_for(*variants, method=name).source for name in names] or [DEFAULT.source]
+    _replace(pipe, Acceleration(pipe, runtime, tuple(methods.values()), "; ".join(sources)))
     return pipe
 
 
@@ -339,6 +325,32 @@ def _compilable(name: str, runtime: Runtime) -> tuple[Callable[..., Tensor], Und
         )
 
     return backend, library._destroy
+
+
+def _start_sessions(pipe: Any, runtime: Runtime, methods: Iterable[Method]) -> tuple[Session, ...]:
+    """Return the working states of the cache and the guidance among the methods."""
+    acting = [method for method in methods if isinstance(method, SessionMethod)]
+    sessions = tuple(method.session(pipe, runtime.seam) for method in acting)
+    if runtime.method is None and any(isinstance(s, AttentionSession) for s in sessions):
+        raise OptionError(
+            f"{acting[0].name!r} acts on a sparse method's attention: add one, such as "
+            f"['radial', {acting[0].name!r}]."
+        )
+    return sessions
+
+
+def _replace(pipe: Any, acceleration: Acceleration) -> None:
+    """Attach an acceleration in place of the one before, which stays if that fails."""
+    before = pipe.__dict__.get(_ATTRIBUTE)
+    restore_pipeline(pipe)
+    try:
+        acceleration.attach()
+    except BaseException:
+        if before is not None:
+            before.attach()
+            object.__setattr__(pipe, _ATTRIBUTE, before)
+        raise
+    object.__setattr__(pipe, _ATTRIBUTE, acceleration)
 
 
 def _settle_auto(
