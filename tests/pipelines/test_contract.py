@@ -26,10 +26,11 @@ SPARSE_OPTIONS: dict[str, dict[str, Any]] = {
     "rectified": {"block_size": 16},
     "pisa": {"block_size": 16},
 }
-SPARSE = [name for name in list_methods() if name != "dense"]
+ATTENTION = list_methods("attention")
+SPARSE = [name for name in ATTENTION if name != "dense"]
 
 
-@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("method", ATTENTION)
 def test_density_one_is_dense(subject, method):
     accelerate_pipeline(
         subject.pipe, method, density=None if method == "dense" else 1, **EVERYWHERE
