@@ -36,6 +36,10 @@ _PUBLIC = {
     "PyramidAttentionBroadcast": "dit_accel.caching.pab",
     "UnconditionalCache": "dit_accel.caching.unconditional",
     "RemainderCache": "dit_accel.caching.remainder",
+    "SoftPAG": "dit_accel.guidance.softpag",
+    "PAG": "dit_accel.guidance.pag",
+    "SEG": "dit_accel.guidance.seg",
+    "SkipLayerGuidance": "dit_accel.guidance.skip_layer",
 }
 
 __all__ = ["__version__", *_PUBLIC]
