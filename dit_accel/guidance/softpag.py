@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from dit_accel.errors import OptionError, did_you_mean
 from dit_accel.guidance.attention import HeadPerturbation, Scope, Target
 from dit_accel.guidance.base import Guidance, Perturbation, Switch
-from dit_accel.guidance.heads import Head, HeadFile, settle_heads
+from dit_accel.guidance.heads import Head, settle_heads
 from dit_accel.session import Seam
 
 
@@ -31,22 +31,21 @@ class SoftPAG(Guidance):
     """
 
     name: ClassVar[str] = "softpag"
-    paper: ClassVar[str] = "Fine-Grained Perturbation Guidance via Attention Head Selection"
+    paper: ClassVar[str] = "SoftPAG and HeadHunter, 2506.10978"
 
     heads: tuple[Head, ...] | str
     strength: float | tuple[float, ...] = 0.5
     perturbation: Target = "identity"
     scope: Scope = "joint"
-    file: HeadFile | None = field(init=False, default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check the options, and read the file of heads."""
+        """Check the options, the file of heads included."""
         super().__post_init__()
         check_choice("perturbation", self.perturbation, get_args(Target))
         check_choice("scope", self.scope, get_args(Scope))
         heads, file = settle_heads(self.heads)
-        object.__setattr__(self, "heads", heads)
-        object.__setattr__(self, "file", file)
+        if file is None:
+            object.__setattr__(self, "heads", heads)
         if isinstance(self.strength, list):
             object.__setattr__(self, "strength", tuple(self.strength))
         if isinstance(self.strength, tuple) and len(self.strength) != len(heads):
@@ -64,7 +63,7 @@ class SoftPAG(Guidance):
         """One strength per head."""
         if isinstance(self.strength, tuple):
             return self.strength
-        return (self.strength,) * len(self.heads)
+        return (self.strength,) * len(settle_heads(self.heads)[0])
 
     @property
     def idle(self) -> str:
@@ -78,10 +77,10 @@ class SoftPAG(Guidance):
 
     def perturb(self, transformer: nn.Module, seam: Seam, switch: Switch) -> Perturbation:
         """See `Guidance.perturb`."""
-        if self.file is not None:
-            self.file.check(transformer, seam, self.perturbation, self.scope)
+        heads, file = settle_heads(self.heads)
+        if file is not None:
+            file.check(transformer, seam, self.perturbation, self.scope)
         by_layer: dict[int, dict[int, float]] = {}
-        heads, _ = settle_heads(self.heads)
         for (layer, head), strength in zip(heads, self.strengths, strict=True):
             by_layer.setdefault(layer, {})[head] = strength
         return HeadPerturbation(by_layer, self.perturbation, self.scope, transformer, seam, switch)

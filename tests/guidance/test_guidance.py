@@ -260,5 +260,47 @@ def test_together_with_sparse_attention(name, attention):
     assert sum(call.branch == "perturbed" for call in calls) == 3 * (layers - 1)
 
 
+@pytest.mark.parametrize(("method", "compiled"), [("pag", [0, 2]), ("slg", [0, 1, 2])])
+def test_compiled_blocks_that_are_not_perturbed_inside(method, compiled):
+    subject = Subject("wan")
+    options = {"start": 0, "stop": 1.0, "layers": [1]}
+    accelerate_pipeline(subject.pipe, method, **options)
+    eager = run_tiny(subject.pipe, subject.arguments)
+    torch._dynamo.reset()
+    for index in compiled:
+        subject.pipe.transformer.blocks[index].compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(run_tiny(subject.pipe, subject.arguments), eager)
+    assert acceleration_report(subject.pipe).perturbed_share == pytest.approx(
+        {"pag": 2 / 3, "slg": 1 / 3}[method]
+    )
+    torch._dynamo.reset()
+
+
+def test_an_interrupted_generation_leaves_nothing_behind():
+    subject = Subject("wan")
+    accelerate_pipeline(subject.pipe, "softpag", heads=HEADS)
+    out = run_tiny(subject.pipe, subject.arguments)
+    calls = []
+
+    def stop(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:  # in the middle of the perturbed pass
+            raise KeyboardInterrupt
+
+    handle = subject.pipe.transformer.blocks[2].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(subject.pipe, subject.arguments)
+    handle.remove()
+    assert torch.equal(run_tiny(subject.pipe, subject.arguments), out)
+
+
+def test_pipelines_of_one_class_do_not_affect_each_other():
+    first, second = Subject("wan"), Subject("wan")
+    plain = run_tiny(second.pipe, second.arguments)
+    accelerate_pipeline(first.pipe, "pag", layers=[1])
+    run_tiny(first.pipe, first.arguments)
+    assert torch.equal(run_tiny(second.pipe, second.arguments), plain)
+
+
 def test_methods_are_registered():
     assert list_methods("guidance") == ["pag", "seg", "slg", "softpag"]
