@@ -45,7 +45,7 @@ def accelerate_pipeline(
     guard: None = None,
     **options: Any,
 ) -> Any:
-    """Attach an attention method, a cache, or both to a diffusers pipeline. For inference.
+    """Attach an attention method, a cache, a guidance to a diffusers pipeline. For inference.
 
     Calling it again replaces what was attached; `restore_pipeline` undoes it exactly.
 
@@ -195,10 +195,14 @@ class Acceleration:
             calls=tuple(recorder.calls),
             steps=tuple(recorder.steps),
             cache_bytes=recorder.cache_bytes,
-            policy=policy_rows(recorder.calls, recorder.steps, recorder.layer_blocks),
+            # What a cache says of a perturbed pass is more exact, so it comes last.
+            policy=policy_rows(
+                recorder.calls, [*recorder.perturbed, *recorder.steps], recorder.layer_blocks
+            ),
             forward_s=forward_seconds(recorder.forwards),
             rejected=dict(recorder.rejected),
             notes=tuple(recorder.notes),
+            perturbed=tuple(recorder.perturbed),
         )
 
     def _attach_transformer(self, transformer: nn.Module) -> None:
@@ -331,11 +335,13 @@ def _start_sessions(pipe: Any, runtime: Runtime, methods: Iterable[Method]) -> t
     """Return the working states of the cache and the guidance among the methods."""
     acting = [method for method in methods if isinstance(method, SessionMethod)]
     sessions = tuple(method.session(pipe, runtime.seam) for method in acting)
-    if runtime.method is None and any(isinstance(s, AttentionSession) for s in sessions):
-        raise OptionError(
-            f"{acting[0].name!r} acts on a sparse method's attention: add one, such as "
-            f"['radial', {acting[0].name!r}]."
-        )
+    for method, session in zip(acting, sessions, strict=True):
+        if runtime.method is None and session.needs_attention_method:
+            example = "radial" if isinstance(session, AttentionSession) else "dense"
+            raise OptionError(
+                f"{method.name!r} acts on an attention method's calls: add one, such as "
+                f"[{example!r}, {method.name!r}]."
+            )
     return sessions
 
 

@@ -77,6 +77,7 @@ class Recorder:
     generation: int = -1
     calls: list[CallRecord] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
+    perturbed: list[StepRecord] = field(default_factory=list)
     cache_bytes: int = 0
     layer_blocks: tuple[int | None, ...] = ()
     forwards: list[tuple[int | None, Any, Any]] = field(default_factory=list)
@@ -89,6 +90,7 @@ class Recorder:
             self.generation = generation
             self.calls.clear()
             self.steps.clear()
+            self.perturbed.clear()
             self.cache_bytes = 0
             self.forwards.clear()
 
@@ -113,6 +115,8 @@ class AccelerationReport:
         forward_s: seconds per denoising step spent in transformers.
         rejected: operators that ``backend="auto"`` passed over, with the reason.
         notes: fallbacks and warnings.
+        perturbed: with a guidance, one record per perturbed pass; blocks below the first perturbed
+            one did not run where the conditional pass's were shared.
     """
 
     methods: tuple[Method, ...]
@@ -125,6 +129,7 @@ class AccelerationReport:
     forward_s: dict[int | None, float]
     rejected: dict[str, str]
     notes: tuple[str, ...]
+    perturbed: tuple[StepRecord, ...] = ()
 
     @property
     def method(self) -> str:
@@ -163,6 +168,13 @@ class AccelerationReport:
         ran = sum(sum(step.ran) for step in self.steps)
         return 1 - ran / self.block_calls if self.block_calls else None
 
+    @property
+    def perturbed_share(self) -> float | None:
+        """Share of all blocks that ran in the perturbed passes; None without one."""
+        if not self.perturbed:
+            return None
+        return _mean([sum(step.ran) / len(step.ran) for step in self.perturbed])
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-ready values."""
         steps: dict[str, dict[str, Any]] = {}
@@ -200,6 +212,7 @@ class AccelerationReport:
                 for call in self.calls
             ],
             "cache": self._cache_dict() if self.steps else None,
+            "guidance": self._guidance_dict() if self.perturbed else None,
             "policy": {
                 "legend": LEGEND,
                 "rows": [[row.step, row.branch, row.marks] for row in self.policy],
@@ -224,6 +237,16 @@ class AccelerationReport:
                     "value": step.value if step.value is None or isfinite(step.value) else None,
                 }
                 for step in self.steps
+            ],
+        }
+
+    def _guidance_dict(self) -> dict[str, Any]:
+        return {
+            "extra_passes": sum(step.branch == "perturbed" for step in self.perturbed),
+            "blocks_share": self.perturbed_share,
+            "steps": [
+                {"step": step.step, "branch": step.branch, "blocks_run": sum(step.ran)}
+                for step in self.perturbed
             ],
         }
 
@@ -300,7 +323,15 @@ class AccelerationReport:
 
     def _remarks(self) -> list[str]:
         rejected = [f"{name} passed over: {why}" for name, why in self.rejected.items()]
-        return rejected + list(self.notes)
+        return rejected + self._guidance_remarks() + list(self.notes)
+
+    def _guidance_remarks(self) -> list[str]:
+        if not self.perturbed:
+            return []
+        extra = sum(step.branch == "perturbed" for step in self.perturbed)
+        if not extra:
+            return [f"{len(self.perturbed)} unconditional passes perturbed, none added"]
+        return [f"{extra} perturbed passes added, {self.perturbed_share:.0%} of the blocks in each"]
 
 
 def forward_seconds(forwards: list[tuple[int | None, Any, Any]]) -> dict[int | None, float]:

@@ -23,7 +23,7 @@ from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
 from dit_accel.plan import AttentionPlan, DensePlan, JointPlan, PastJointPlan
 from dit_accel.report import CallRecord, Recorder
 from dit_accel.schedule import Schedule
-from dit_accel.session import AttentionSession, Forward, Seam, Session
+from dit_accel.session import AttentionSession, Forward, OutputSession, Seam, Session
 from dit_accel.tracking import CallTracker, Moment
 
 
@@ -182,6 +182,22 @@ class Runtime:
         layer: Tensor | None,
     ) -> Tensor:
         """Run one layer's attention on ``[B, N, H, D]`` and record what was done."""
+        output = self._attend(query, key, value, mask, scale, layer)
+        if layer is not None and self._running is not None and query.shape[1] == key.shape[1]:
+            for session in self.sessions:
+                if isinstance(session, OutputSession):
+                    output = session.attended(int(layer), (query, key, value), scale, output)
+        return output
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        layer: Tensor | None,
+    ) -> Tensor:
         running = self._running
         if running is None or query.shape[1] != key.shape[1]:
             return self._dense(query, key, value, mask, scale)

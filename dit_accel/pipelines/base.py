@@ -88,6 +88,8 @@ class PipelineFamily(ABC):
     components: ClassVar[tuple[str, ...]] = ("transformer",)
     block_output: ClassVar[tuple[str, ...]] = ("video", "text")
     """The streams that a block returns, in its order. All blocks take video first, then text."""
+    text_first: ClassVar[bool] = False
+    """Whether text comes first where both streams are one sequence."""
 
     def variants(self, pipe: Any) -> tuple[str, ...]:
         """Return the names under which published settings are looked up, most specific first."""
