@@ -94,7 +94,7 @@ def _attend(
         v = _load_channels(values, row, BLOCK_N, D, USE_TMA)
         p = by_lane(to_e4m3(weights, INTERPRETED), weights.shape[0], BLOCK_N)
         # Hopper adds up 8-bit products with few bits: what a step gives is added in float32.
-        acc = tl.dot(p, v.T, acc, max_num_imprecise_acc=BLOCK_N)
+        acc += tl.dot(p, v.T)
     else:
         v = _load_keys(values, row, BLOCK_N, D, USE_TMA)
         acc = tl.dot(weights.to(v.dtype), v, acc)
