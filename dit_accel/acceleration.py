@@ -39,6 +39,7 @@ def accelerate_pipeline(
     dense_layers: int | Sequence[int] | None = None,
     min_tokens: int | None = None,
     backend: str = "auto",
+    precision: str | None = None,
     guard: None = None,
     **options: Any,
 ) -> Any:
@@ -58,6 +59,10 @@ def accelerate_pipeline(
         min_tokens: video tokens under which everything stays dense. None: 2048.
         backend: "auto", or the operator that must run: "hopper", "triton", "flash-attn-4", "flex",
             "torch".
+        precision: what sparse calls round to, inside the kernel: "fp8" (queries, keys, weights and
+            values in e4m3; compute capability 8.9 and newer), "int8_fp8" (queries and keys in int8,
+            nearer to the exact result), "int8" (queries and keys alone, from 8.0 on). None: the
+            tensors' own dtype. Needs a method without pooled blocks, and float16 or bfloat16.
         guard: reserved for the quality guard; must be None.
         options: options of the method given by name, e.g. ``decay=0.5``.
 
@@ -67,7 +72,9 @@ def accelerate_pipeline(
     Raises:
         UnknownPipelineError: if its transformer belongs to no known family.
         UnknownMethodError: if no method has that name.
-        OptionError: on an unknown option or an impossible value.
+        OptionError: on an unknown option, an impossible value, or a method or backend that has no
+            such precision. What only the GPU can refuse is raised by the first forward, as
+            `OperatorUnavailableError`.
     """
     if guard is not None:
         raise OptionError("guard is not available in this version: leave it None.")
@@ -81,7 +88,12 @@ def accelerate_pipeline(
     if isinstance(chosen, str):
         options = {**preset.options, **options}
     resolved = resolve_method(chosen, **options)
-    check_backend(backend)
+    check_backend(backend, precision)
+    if precision is not None and resolved.pools:
+        raise OptionError(
+            f"method {resolved.name!r} pools blocks, which are attended in the tensors' own dtype "
+            f"alone: leave {precision=} out, or choose e.g. 'radial' or 'gna' without a remainder."
+        )
     if density is not None:
         check_density(density)
     schedule = Schedule.make(
@@ -89,7 +101,7 @@ def accelerate_pipeline(
         preset.dense_layers if dense_layers is None else dense_layers,
         preset.min_tokens if min_tokens is None else min_tokens,
     )
-    runtime = Runtime(pipe, family, resolved, schedule, backend, density)
+    runtime = Runtime(pipe, family, resolved, schedule, backend, density, precision)
     runtime.recorder.notes += notes
     acceleration = Acceleration(pipe, runtime, preset.source)
     restore_pipeline(pipe)
@@ -181,6 +193,7 @@ class Acceleration:
                 "dense_layers": sorted(schedule.layers),
                 "min_tokens": schedule.min_tokens,
                 "backend": runtime.backend,
+                "precision": runtime.precision,
             },
             calls=tuple(runtime.recorder.calls),
             forward_s=forward_seconds(runtime.recorder.forwards),

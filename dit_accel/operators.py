@@ -21,6 +21,7 @@ from torch import Tensor
 from dit_accel.call import text_back, text_last
 from dit_accel.errors import OperatorUnavailableError, OptionError, did_you_mean
 from dit_accel.kernels.backend import why_no_gluon, why_no_hopper_kernel
+from dit_accel.kernels.precision import PRECISIONS, check_precision, why_no_precision
 from dit_accel.kernels.statistics import block_statistics
 from dit_accel.plan import BlockSparsePlan, JointPlan
 
@@ -40,6 +41,11 @@ class Operator(ABC):
     """A way to compute block-sparse attention."""
 
     name: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]] = ()
+    """What it can round to, beside computing in the tensors' own dtype."""
+
+    precision: str | None = None
+    """What it rounds to here; None for nothing."""
 
     @abstractmethod
     def why_not_here(self) -> str | None:
@@ -72,6 +78,7 @@ class TritonOperator(Operator):
     """This package's Triton kernel: any size, any head size up to 256, text in place."""
 
     name: ClassVar[str] = "triton"
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
 
     def why_not_here(self) -> str | None:
         """Need the package and an NVIDIA GPU of compute capability 8.0 or newer."""
@@ -87,9 +94,15 @@ class TritonOperator(Operator):
         """Check device, dtype, head size and block size too."""
         if reason := self.unavailable:
             return reason
+        size = _smallest_block(plan)
+        if self.precision is not None:
+            if isinstance(plan, JointPlan):
+                return "pooled blocks and stand-ins are attended in the tensors' own dtype alone"
+            head_size = query.shape[-1]
+            return why_no_precision(self.precision, query.device, query.dtype, head_size, size)
         from dit_accel.kernels.block_sparse import why_unavailable
 
-        if (size := _smallest_block(plan)) < 16:
+        if size < 16:
             return f"block size {size} is under 16"
         return why_unavailable(query.device, query.dtype, query.shape[-1])
 
@@ -115,18 +128,22 @@ class TritonOperator(Operator):
                 return_lse=return_lse,
             )
             return joint if isinstance(joint, tuple) else (joint, None)
-        from dit_accel.kernels.block_sparse import block_sparse_attention
+        options: dict[str, Any] = {
+            "text_length": plan.layout.text_length,
+            "text_first": plan.layout.text_first,
+            "scale": scale,
+            "return_lse": return_lse,
+        }
+        if self.precision is not None:
+            from dit_accel.kernels.block_sparse_quantised import quantised_block_sparse_attention
 
-        result = block_sparse_attention(
-            query,
-            key,
-            value,
-            plan.tiles,
-            text_length=plan.layout.text_length,
-            text_first=plan.layout.text_first,
-            scale=scale,
-            return_lse=return_lse,
-        )
+            result = quantised_block_sparse_attention(
+                query, key, value, plan.tiles, self.precision, **options
+            )
+        else:
+            from dit_accel.kernels.block_sparse import block_sparse_attention
+
+            result = block_sparse_attention(query, key, value, plan.tiles, **options)
         return result if isinstance(result, tuple) else (result, None)
 
 
@@ -320,12 +337,14 @@ class TorchOperator(Operator):
         return out, None if lse is None else text_back(lse, plan.layout, dim=2)
 
 
-def make_operators() -> Mapping[str, Operator]:
-    """Return one of each operator, by name."""
-    classes = (
-        HopperOperator, TritonOperator, FlashAttention4Operator, FlexOperator, TorchOperator,
-    )  # fmt: skip
-    return MappingProxyType({cls.name: cls() for cls in classes})
+OPERATORS: tuple[type[Operator], ...] = (
+    HopperOperator, TritonOperator, FlashAttention4Operator, FlexOperator, TorchOperator,
+)  # fmt: skip
+
+
+def make_operators(precision: str | None = None) -> Mapping[str, Operator]:
+    """Return one of each operator, by name, to run in ``precision``."""
+    return MappingProxyType({cls.name: cls(precision=precision) for cls in OPERATORS})
 
 
 def list_operators() -> list[Operator]:
@@ -333,11 +352,20 @@ def list_operators() -> list[Operator]:
     return list(make_operators().values())
 
 
-def check_backend(backend: str) -> None:
-    """Raise `OptionError` unless ``backend`` is "auto" or the name of an operator."""
-    names = [*make_operators(), "auto"]
+def check_backend(backend: str, precision: str | None = None) -> None:
+    """Raise `OptionError` unless ``backend`` is "auto" or the name of an operator.
+
+    Likewise if ``precision`` is unknown, or something that this operator doesn't have anywhere.
+    """
+    names = [*(cls.name for cls in OPERATORS), "auto"]
     if backend not in names:
         raise OptionError(f"unknown backend {backend!r}.{did_you_mean(backend, names)}")
+    check_precision(precision)
+    having = [cls.name for cls in OPERATORS if precision in cls.precisions]
+    if precision is not None and backend not in ("auto", *having):
+        raise OptionError(
+            f"backend {backend!r} has no {precision=}: choose backend='auto' or {having[0]!r}."
+        )
 
 
 @dataclass(frozen=True)
@@ -357,21 +385,33 @@ def choose_operator(
         OperatorUnavailableError: if an operator asked for by name can't run this call.
     """
     if backend != "auto":
-        if reason := operators[backend].why_not(plan, query):
+        operator = operators[backend]
+        if reason := operator.why_not(plan, query):
+            remedy = "backend='auto'" if operator.precision is None else "no precision"
             raise OperatorUnavailableError(
-                f"backend {backend!r} can't run here: {reason}. Use backend='auto', or see "
+                f"backend {backend!r} can't run here: {reason}. Use {remedy}, or see "
                 "`dit-accel doctor`."
             )
-        return Choice(operators[backend], ())
-    gpu = ("hopper", "triton", "flash-attn-4", "flex", "torch")
-    preferred = ("torch",) if query.device.type in UNCOMPILED else gpu
+        return Choice(operator, ())
+    preferred = ["hopper", "triton", "flash-attn-4", "flex", "torch"]
+    precision = operators["triton"].precision
+    if precision is not None:
+        preferred = [name for name in preferred if precision in operators[name].precisions]
+    elif query.device.type in UNCOMPILED:
+        preferred = ["torch"]
     rejected: list[tuple[str, str]] = []
     for name in preferred:
         reason = operators[name].why_not(plan, query)
         if reason is None:
             return Choice(operators[name], tuple(rejected))
         rejected.append((name, reason))
-    raise OperatorUnavailableError(f"no operator can run this call: {rejected}")
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
+    if precision is not None:
+        raise OperatorUnavailableError(
+            f"{precision=} can't run here: {reasons}. Leave precision out to attend in the "
+            "tensors' own dtype."
+        )
+    raise OperatorUnavailableError(f"no operator can run this call: {reasons}.")
 
 
 def _smallest_block(plan: SparsePlan) -> int:

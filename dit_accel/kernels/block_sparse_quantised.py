@@ -22,7 +22,6 @@ from dit_accel.errors import OperatorUnavailableError
 from dit_accel.kernels.block_sparse import _NO_PEAK, check_call, empty_lse
 from dit_accel.kernels.precision import why_no_precision
 from dit_accel.kernels.quantise import TILE, Quantised, by_lane, quantise, to_e4m3
-from dit_accel.kernels.quantised_reference import Precision
 from dit_accel.kernels.tiles import TileLists
 from dit_accel.kernels.tuning import KernelConfig, quantised_config
 
@@ -224,7 +223,7 @@ def quantised_block_sparse_attention(
     key: Tensor,
     value: Tensor,
     lists: TileLists,
-    precision: Precision,
+    precision: str,
     *,
     text_length: int = 0,
     text_first: bool = False,
@@ -284,15 +283,14 @@ def _quantised_op(
     reason = why_no_precision(precision, query.device, query.dtype, head_size, block_size)
     if reason is not None:
         raise OperatorUnavailableError(f"precision {precision!r} cannot run here: {reason}.")
-    low: Precision = precision  # type: ignore[assignment]
     made = quantise(
-        query, key, value, low, num_video=num_video, text_first=text_first,
+        query, key, value, precision, num_video=num_video, text_first=text_first,
         key_block=min(block_size, TILE), scale=scale,
     )  # fmt: skip
     out = query.new_empty(query.shape)
     lse = empty_lse(query, with_lse)
     block_d = made.query.shape[-1]
-    cfg = _resolve_config(query, block_d, block_size, config)
+    cfg = _resolve_config(query, block_d, block_size, precision, config)
     num_text = num_tokens - num_video
     tiles = triton.cdiv(num_video, cfg.block_m) + triton.cdiv(num_text, cfg.block_m)
     list_batch, list_heads, rows = full_count.shape
@@ -336,7 +334,7 @@ def descriptors(made: Quantised, block_n: int) -> tuple[TensorDescriptor, Tensor
 
 
 def _resolve_config(
-    query: Tensor, block_d: int, block_size: int, config: list[int] | None
+    query: Tensor, block_d: int, block_size: int, precision: str, config: list[int] | None
 ) -> KernelConfig:
     if config is not None:
         block_m, block_n, num_warps, num_stages, use_tma = config
@@ -344,5 +342,5 @@ def _resolve_config(
     else:
         # On the CPU only the interpreter runs the kernel, and any configuration will do.
         capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (8, 0)
-        chosen = quantised_config(capability, block_d)
+        chosen = quantised_config(capability, block_d, precision)
     return chosen.cut_to(block_size)

@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from dit_accel.errors import OptionError, did_you_mean
+from dit_accel.errors import OperatorUnavailableError, OptionError, did_you_mean
 
 PRECISIONS = ("fp8", "int8_fp8", "int8")
 """See `quantised_reference.py`. "int8" runs on Ampere and newer; the others from Ada on."""
@@ -27,19 +27,36 @@ def why_no_precision(
         OptionError: if there is no such precision.
     """
     check_precision(precision)
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it rounds float16 or bfloat16 tensors, not {dtype}"
     if not 1 <= head_size <= 256:
         return f"it takes head sizes up to 256, not {head_size}"
     if block_size < 32:
         return f"it takes blocks of at least 32 tokens, not {block_size}"
+    if reason := _why_not_on(precision, device):
+        return reason
+    import triton
+
+    if triton.knobs.runtime.interpret and dtype == torch.bfloat16 and precision == "int8":
+        return "Triton's interpreter multiplies the bit patterns of bfloat16, not the numbers"
+    return None
+
+
+def check_device(precision: str | None, device: torch.device) -> None:
+    """Raise `OperatorUnavailableError` if nothing on ``device`` can run with this precision."""
+    if precision is not None and (reason := _why_not_on(precision, device)):
+        raise OperatorUnavailableError(
+            f"{precision=} can't run here: {reason}. Leave precision out to attend in the tensors' "
+            "own dtype."
+        )
+
+
+def _why_not_on(precision: str, device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
     import triton
 
     if triton.knobs.runtime.interpret:
-        if dtype == torch.bfloat16 and precision == "int8":
-            return "Triton's interpreter multiplies the bit patterns of bfloat16, not the numbers"
         return None
     if device.type != "cuda" or torch.version.cuda is None:
         return f"it needs an NVIDIA GPU, and the tensors are on {device}"

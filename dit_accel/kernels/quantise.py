@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse import _load_rows
-from dit_accel.kernels.quantised_reference import Precision
 
 TILE = 128
 """Both segments are padded to whole tiles of so many rows."""
@@ -99,7 +98,7 @@ def _quantise(
     scale_log2, num_heads, num_video, num_text, video_start, text_start,
     q_sb, q_sn, q_sh, q_sd, k_sb, k_sn, k_sh, k_sd, v_sb, v_sn, v_sh, v_sd,
     ROWS: tl.constexpr, KEY_BLOCK: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    LOW: tl.constexpr, INTERPRETED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program: ``ROWS`` rows of one head of query, key and value."""
     tile = tl.program_id(0)
@@ -115,13 +114,14 @@ def _quantise(
     inside = (first + rows < end)[:, None] & (columns < HEAD_SIZE)[None, :]
     out_rows = bh * tl.num_programs(0) * ROWS + tile * ROWS + rows
     out = out_rows[:, None] * BLOCK_D + columns[None, :]
-    steps = INT8_MAX if LOW == tl.int8 else E4M3_MAX
+    low: tl.constexpr = q_out.dtype.element_ty
+    steps = INT8_MAX if low == tl.int8 else E4M3_MAX
 
     q_base = q_ptr + b * q_sb + h * q_sh
     q = _load_rows(q_base, first, end, q_sn, q_sd, ROWS, HEAD_SIZE, BLOCK_D, True).to(tl.float32)
     peak = tl.max(tl.abs(q), 1)
     scale = tl.where(peak > 0, peak / steps, 1.0)
-    tl.store(q_out + out, to_low(q / scale[:, None], LOW, INTERPRETED))
+    tl.store(q_out + out, to_low(q / scale[:, None], low, INTERPRETED))
     tl.store(q_factor + out_rows, scale * scale_log2)
 
     k_base = k_ptr + b * k_sb + h * k_sh
@@ -132,7 +132,7 @@ def _quantise(
     peaks = tl.max(tl.reshape(tl.max(tl.abs(k), 1), (BLOCKS, KEY_BLOCK)), 1)
     scales = tl.where(peaks > 0, peaks / steps, 1.0)
     of_row = tl.reshape(tl.broadcast_to(scales[:, None], (BLOCKS, KEY_BLOCK)), (ROWS,))
-    tl.store(k_out + out, to_low(k / of_row[:, None], LOW, INTERPRETED))
+    tl.store(k_out + out, to_low(k / of_row[:, None], low, INTERPRETED))
     out_blocks = (bh * tl.num_programs(0) + tile) * BLOCKS + tl.arange(0, BLOCKS)
     tl.store(k_scale + out_blocks, scales)
 
@@ -152,7 +152,7 @@ def _quantise(
 
 
 def quantise(
-    query: Tensor, key: Tensor, value: Tensor, precision: Precision, *,
+    query: Tensor, key: Tensor, value: Tensor, precision: str, *,
     num_video: int, text_first: bool, key_block: int, scale: float,
 ) -> Quantised:  # fmt: skip
     """Round ``[B, N, H, D]`` query, key and value to what ``precision`` says.
@@ -207,7 +207,6 @@ def quantise(
             num_text if text_first else 0, 0 if text_first else num_video,
             *query.stride(), *key.stride(), *value.stride(),
             ROWS=TILE, KEY_BLOCK=key_block, HEAD_SIZE=head_size, BLOCK_D=block_d,
-            LOW=tl.float8e4nv if low is torch.float8_e4m3fn else tl.int8,
             INTERPRETED=triton.knobs.runtime.interpret, num_warps=8,
         )  # fmt: skip
     return made

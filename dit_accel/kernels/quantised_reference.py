@@ -19,12 +19,9 @@ A query row has its own scale, a block of key rows shares one, a channel of the 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-Precision = Literal["fp8", "int8_fp8", "int8"]
 
 INT8_MAX = 127.0
 E4M3_MAX = 448.0
@@ -36,7 +33,7 @@ def quantised_attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor,
-    precision: Precision,
+    precision: str,
     key_blocks: Tensor,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -49,16 +49,20 @@ def kernel_config(capability: tuple[int, int], head_size: int, itemsize: int) ->
     return KernelConfig(128, 64 if head_size <= 64 else 32, 4, 3)
 
 
-def quantised_config(capability: tuple[int, int], head_size: int) -> KernelConfig:
-    """Return the configuration of the 8-bit kernel; estimated, nothing is measured yet.
+def quantised_config(capability: tuple[int, int], head_size: int, precision: str) -> KernelConfig:
+    """Return the configuration of the 8-bit kernel: compiled without spills, not yet measured.
 
     Args:
         capability: CUDA compute capability, such as ``(9, 0)``.
         head_size: head size after padding to a power of two.
+        precision: see `quantised_reference.py`.
     """
-    if capability[0] >= 9 and capability[0] < 12:
-        return KernelConfig(64, 128 if head_size <= 128 else 64, 4, 3, use_tma=True)
-    return KernelConfig(64 if head_size > 128 else 128, 64 if head_size <= 64 else 32, 4, 3)
+    hopper = capability[0] >= 9 and capability[0] < 12
+    if head_size > 128:
+        return KernelConfig(64, 32, 4, 2, use_tma=hopper)
+    if hopper and precision != "int8":
+        return KernelConfig(64, 128, 4, 3, use_tma=True)
+    return KernelConfig(128, 64, 8 if head_size > 64 else 4, 3, use_tma=hopper)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,11 @@ class AttentionMethod(ABC):
     paper: ClassVar[str] = ""
     """Title and arXiv number, for tables."""
 
+    @property
+    def pools(self) -> bool:
+        """Whether plans hold pooled blocks or stand-ins, beside tokens attended exactly."""
+        return False
+
     @abstractmethod
     def plan(
         self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, order: TokenOrder
@@ -89,6 +94,11 @@ class StaticMethod(AttentionMethod):
             raise OptionError(f"block_size={size!r} must be a power of two.")
         if self.remainder not in ("none", "pooled"):
             raise OptionError(f"remainder={self.remainder!r} must be 'none' or 'pooled'.")
+
+    @property
+    def pools(self) -> bool:
+        """Only with ``remainder="pooled"``."""
+        return self.remainder == "pooled"
 
     @abstractmethod
     def allowed(self, layout: TokenLayout, device: torch.device | str = "cpu") -> TokenPredicate:
