@@ -294,7 +294,7 @@ def test_who_can_run_what(monkeypatch: pytest.MonkeyPatch) -> None:
         reasons = {p: why_no_precision(p, cuda, torch.bfloat16, 128, 128) for p in PRECISIONS}
         assert [p for p, reason in reasons.items() if reason is None] == possible
         assert all(f"has {capability}" in reason for reason in reasons.values() if reason)
-    with pytest.raises(OperatorUnavailableError, match="NVIDIA GPU.*Leave precision out"):
+    with pytest.raises(OperatorUnavailableError, match=r"NVIDIA GPU.*Leave precision out"):
         check_device("fp8", torch.device("cpu"))
     check_device(None, torch.device("cpu"))
 
@@ -304,7 +304,7 @@ def test_the_choice_keeps_to_the_precision() -> None:
     query = torch.randn(1, 768, 2, 64).half().to(DEVICE)
     operators = make_operators("int8")
     assert choose_operator("auto", operators, plan, query).operator.name == "triton"
-    with pytest.raises(OperatorUnavailableError, match="precision='int8' can't run here.*float32"):
+    with pytest.raises(OperatorUnavailableError, match=r"int8.* can.t run here.*float32"):
         choose_operator("auto", operators, plan, query.float())
     pooled = GNA(0.5, remainder="pooled").plan_layout(TokenLayout((3, 16, 16)), RASTER)
     with pytest.raises(OperatorUnavailableError, match="own dtype alone"):
