@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel import compat
-from dit_accel.errors import ContextParallelError, OptionError, UnknownPipelineError
+from dit_accel.errors import (
+    ContextParallelError,
+    OptionError,
+    UnknownPipelineError,
+    did_you_mean,
+)
 from dit_accel.methods.base import AttentionMethod, check_density
 from dit_accel.operators import check_backend
 from dit_accel.pipelines.base import PipelineFamily, Undo
@@ -40,6 +45,7 @@ def accelerate_pipeline(
     min_tokens: int | None = None,
     backend: str = "auto",
     precision: str | None = None,
+    compile: bool | Mapping[str, Any] = False,
     guard: None = None,
     **options: Any,
 ) -> Any:
@@ -63,6 +69,9 @@ def accelerate_pipeline(
             values in e4m3; compute capability 8.9 and newer), "int8_fp8" (queries and keys in int8,
             nearer to the exact result), "int8" (queries and keys alone, from 8.0 on). None: the
             tensors' own dtype. Needs a method without pooled blocks, and float16 or bfloat16.
+        compile: whether to compile the transformer's repeated blocks, one by one, with
+            ``torch.compile``: the first step takes longer, and the others are faster. A mapping
+            gives its keyword arguments, such as ``{"mode": "max-autotune-no-cudagraphs"}``.
         guard: reserved for the quality guard; must be None.
         options: options of the method given by name, e.g. ``decay=0.5``.
 
@@ -103,7 +112,7 @@ def accelerate_pipeline(
     )
     runtime = Runtime(pipe, family, resolved, schedule, backend, density, precision)
     runtime.recorder.notes += notes
-    acceleration = Acceleration(pipe, runtime, preset.source)
+    acceleration = Acceleration(pipe, runtime, preset.source, _compile_options(compile))
     restore_pipeline(pipe)
     acceleration.attach()
     object.__setattr__(pipe, _ATTRIBUTE, acceleration)
@@ -155,8 +164,10 @@ def family_of(pipe: Any) -> PipelineFamily:
 class Acceleration:
     """A method attached to one pipeline: what was installed, and how to undo it."""
 
-    def __init__(self, pipe: Any, runtime: Runtime, preset: str) -> None:
-        self.pipe, self.runtime, self.preset = pipe, runtime, preset
+    def __init__(
+        self, pipe: Any, runtime: Runtime, preset: str, compiling: dict[str, Any] | None
+    ) -> None:
+        self.pipe, self.runtime, self.preset, self.compiling = pipe, runtime, preset, compiling
         self._name = compat.OWN_BACKENDS + uuid.uuid4().hex[:12]
         self._undo: list[Undo] = []
 
@@ -167,9 +178,10 @@ class Acceleration:
             self._undo.append(forget)
             self._undo.append(compat.add_attention_backend(self._name, function))
             for component in self.runtime.family.components:
-                transformer = _unwrap(getattr(self.pipe, component, None))
-                if transformer is not None:
-                    self._attach_transformer(transformer)
+                found = getattr(self.pipe, component, None)
+                if found is not None:
+                    self._attach_transformer(_unwrap(found))
+                    self._compile(found)
         except BaseException:
             self.restore()
             raise
@@ -194,12 +206,18 @@ class Acceleration:
                 "min_tokens": schedule.min_tokens,
                 "backend": runtime.backend,
                 "precision": runtime.precision,
+                "compile": self.compiling is not None,
             },
             calls=tuple(runtime.recorder.calls),
             forward_s=forward_seconds(runtime.recorder.forwards),
             rejected=dict(runtime.recorder.rejected),
             notes=tuple(runtime.recorder.notes),
         )
+
+    def _compile(self, transformer: nn.Module) -> None:
+        if self.compiling is not None:
+            names = self.runtime.family.repeated_blocks
+            self._undo.append(compat.compile_blocks(transformer, names, self.compiling))
 
     def _attach_transformer(self, transformer: nn.Module) -> None:
         runtime = self.runtime
@@ -334,6 +352,21 @@ def _single_method(
     if not isinstance(method, Sequence) or len(method) != 1:
         raise OptionError(f"method={method!r}: give one attention method, by name or as an object.")
     return method[0]
+
+
+def _compile_options(compiling: bool | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments for ``torch.compile``, or None not to compile."""
+    if isinstance(compiling, bool):
+        return {} if compiling else None
+    if not isinstance(compiling, Mapping):
+        raise OptionError(
+            f"compile={compiling!r} must be True, False or torch.compile's keyword arguments."
+        )
+    valid = [*inspect.signature(torch.compile).parameters][1:]
+    for name in compiling:
+        if name not in valid:
+            raise OptionError(f"torch.compile has no option {name!r}.{did_you_mean(name, valid)}")
+    return dict(compiling)
 
 
 def _unwrap(transformer: Any) -> Any:

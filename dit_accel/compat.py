@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from dit_accel.errors import OptionError
 
 OWN_BACKENDS = "dit_accel_"
 """Prefix of the names under which accelerations register."""
@@ -122,6 +124,46 @@ def ulysses_attention(
         backward_op=None,
         _parallel_config=parallel_config,
     )
+
+
+def compile_blocks(
+    transformer: nn.Module, unnamed: tuple[str, ...], options: dict[str, Any]
+) -> Callable[[], None]:
+    """Compile the repeated blocks, one by one, by diffusers' own method; return how to undo it.
+
+    Args:
+        transformer: a diffusers model.
+        unnamed: class names of its repeated blocks, for models of which diffusers names none.
+        options: keyword arguments of ``torch.compile``.
+
+    Raises:
+        OptionError: if the model is compiled already, or this diffusers can't compile blocks.
+    """
+    if hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None:
+        raise OptionError("this transformer is compiled as a whole already: leave compile out.")
+    compile_repeated: Any = getattr(transformer, "compile_repeated_blocks", None)
+    if compile_repeated is None:
+        raise OptionError(
+            f"compile needs compile_repeated_blocks of diffusers, which {type(transformer)} does "
+            "not have: use diffusers 0.36 or newer."
+        )
+    before = [(module, module._compiled_call_impl) for module in transformer.modules()]
+
+    def undo() -> None:
+        for module, call in before:
+            module._compiled_call_impl = call
+
+    named: Any = getattr(transformer, "_repeated_blocks", None)
+    try:
+        if not named:
+            transformer.__dict__["_repeated_blocks"] = list(unnamed)
+        compile_repeated(**options)
+    except BaseException:
+        undo()
+        raise
+    finally:
+        transformer.__dict__.pop("_repeated_blocks", None)
+    return undo
 
 
 def ring_degree(parallel_config: Any) -> int:

@@ -393,7 +393,8 @@ def choose_operator(
                 "`dit-accel doctor`."
             )
         return Choice(operator, ())
-    preferred = ["hopper", "triton", "flash-attn-4", "flex", "torch"]
+    # "hopper" is not among them: its loop with masks has been compiled and read, not run.
+    preferred = ["triton", "flash-attn-4", "flex", "torch"]
     precision = operators["triton"].precision
     if precision is not None:
         preferred = [name for name in preferred if precision in operators[name].precisions]

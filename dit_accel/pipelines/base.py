@@ -70,6 +70,8 @@ class PipelineFamily(ABC):
     pipelines: ClassVar[str]
     """The diffusers pipelines, for the documentation."""
     components: ClassVar[tuple[str, ...]] = ("transformer",)
+    repeated_blocks: ClassVar[tuple[str, ...]] = ()
+    """Class names of the repeated blocks, where diffusers itself names none to compile."""
 
     def variants(self, pipe: Any) -> tuple[str, ...]:
         """Return the names under which published settings are looked up, most specific first."""

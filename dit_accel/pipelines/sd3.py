@@ -31,6 +31,7 @@ class StableDiffusion3(PipelineFamily):
     name: ClassVar[str] = "sd3"
     transformer_classes: ClassVar[tuple[str, ...]] = ("SD3Transformer2DModel",)
     pipelines: ClassVar[str] = "StableDiffusion3Pipeline (3, 3.5) and its img2img and inpaint forms"
+    repeated_blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
 
     def attention_layers(self, transformer: Any) -> list[Any]:
         """Return each block's joint attention, followed by its image-only one where it has one."""
