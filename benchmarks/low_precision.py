@@ -2,6 +2,7 @@
 
     python benchmarks/low_precision.py --output benchmarks/results/low-precision-h200.json
     python benchmarks/low_precision.py --only kernels --configs 64,128,4,2,1 128,128,8,3,1
+    timeout 300 python benchmarks/low_precision.py --only kernels --stages 3 4 5
 
 Three parts, the first of which stops what is wrong from being timed:
 
@@ -13,7 +14,8 @@ Three parts, the first of which stops what is wrong from being timed:
 * ``generations``: PSNR of frames against the same method in bfloat16. The distance of bfloat16 from
   float32 stands beside it: where trajectories part, it is no larger.
 
-Without a GPU ``activations`` runs the formula instead of the kernel, and the others are left out.
+``--stages`` tries the kernel for Hopper, which has not run yet: a wrong barrier would hang, so give
+it a run of its own. Without a GPU ``activations`` runs the formula instead of the kernel, and the others are left out.
 """
 
 from __future__ import annotations
@@ -49,17 +51,21 @@ from dit_accel.world.worlds import fixed_prompts
 HEADS = 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QKV = tuple[Tensor, Tensor, Tensor]
+Setting = KernelConfig | int | None
 
 
-def quantised(
-    qkv: QKV, lists: Any, precision: str, config: KernelConfig | None, **text: Any
-) -> Any:
+def quantised(qkv: QKV, lists: Any, precision: str, setting: Setting, **options: Any) -> Any:
+    """Run the portable kernel with a tile shape, or the one for Hopper with so many buffers."""
+    if isinstance(setting, int):
+        from dit_accel.kernels.block_sparse_hopper_quantised import hopper_quantised_attention
+
+        return hopper_quantised_attention(*qkv, lists, precision, stages=setting, **options)
     from dit_accel.kernels.block_sparse_quantised import quantised_block_sparse_attention
 
-    return quantised_block_sparse_attention(*qkv, lists, precision, config=config, **text)
+    return quantised_block_sparse_attention(*qkv, lists, precision, config=setting, **options)
 
 
-def check(precision: str, head_size: int, config: KernelConfig | None) -> dict[str, Any]:
+def check(precision: str, head_size: int, setting: Setting) -> dict[str, Any]:
     """Compare one small call with its formula and with exact attention."""
     torch.manual_seed(0)
     video, text = 1480, 77
@@ -71,8 +77,8 @@ def check(precision: str, head_size: int, config: KernelConfig | None) -> dict[s
     q, k, v = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).unbind()
     qkv = q, k + 2, v
     options: dict[str, Any] = {"text_length": text, "text_first": True, "return_lse": True}
-    out, lse = quantised(qkv, lists, precision, config, **options)
-    again, _ = quantised(qkv, lists, precision, config, **options)
+    out, lse = quantised(qkv, lists, precision, setting, **options)
+    again, _ = quantised(qkv, lists, precision, setting, **options)
     allowed = lists_to_mask(lists, text, True)
     exact, exact_lse = masked_attention(*(x.double() for x in qkv), allowed)
     blocks = key_blocks(video, text, True, 128).to(DEVICE)
@@ -90,17 +96,18 @@ def check(precision: str, head_size: int, config: KernelConfig | None) -> dict[s
 
 def timed_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Check each precision, then time those that are right beside bfloat16."""
-    configs = [None, *(KernelConfig(*map(int, text.split(","))) for text in args.configs)]
-    variants = [(p, c) for p in args.precisions for c in configs]
+    shapes = [KernelConfig(*map(int, text.split(","))) for text in args.configs]
+    variants: list[tuple[str, Setting]]
+    variants = [(p, setting) for p in args.precisions for setting in (None, *shapes, *args.stages)]
     for head_size in args.head_size:
         right = []
-        for precision, config in variants:
+        for precision, setting in variants:
             try:
-                row = check(precision, head_size, config)
-            except Exception as error:  # a tile shape may not compile for this GPU
+                row = check(precision, head_size, setting)
+            except Exception as error:  # a shape may not compile for this GPU, or not be served
                 row = {"precision": precision, "head_size": head_size, "failed": repr(error)[-500:]}
-            row["config"] = config and str(config)
-            right += [(precision, config)] if row.get("correct") else []
+            row["setting"] = setting_text(setting)
+            right += [(precision, setting)] if row.get("correct") else []
             yield row
         for density in args.density:
             case = make_case(args.tokens, HEADS, head_size, density)
@@ -121,10 +128,10 @@ def time_case(case: Case, density: float, variants: list[Any]) -> Iterator[dict[
         from dit_accel.kernels.block_sparse_hopper import hopper_block_sparse_attention
 
         runs["bf16 hopper"] = partial(hopper_block_sparse_attention, *case.qkv, lists)
-    for precision, config in variants:
-        name = precision if config is None else f"{precision} {astuple_text(config)}"
-        runs[name] = partial(quantised, case.qkv, lists, precision, config)
-        if config is None:
+    for precision, setting in variants:
+        name = f"{precision} {setting_text(setting)}"
+        runs[name] = partial(quantised, case.qkv, lists, precision, setting)
+        if setting is None:
             runs[f"{precision} rounding alone"] = partial(
                 quantise, *case.qkv, precision, num_video=case.tokens, text_first=False,
                 key_block=128, scale=head_size**-0.5,
@@ -146,8 +153,10 @@ def why_hopper(query: Tensor) -> str | None:
     return why_no_gluon() or why_no_hopper_kernel(query.device, query.dtype, query.shape[-1], 128)
 
 
-def astuple_text(config: KernelConfig) -> str:
-    return ",".join(str(int(value)) for value in asdict(config).values())
+def setting_text(setting: Setting) -> str:
+    if isinstance(setting, KernelConfig):
+        return ",".join(str(int(value)) for value in asdict(setting).values())
+    return "triton" if setting is None else f"hopper, {setting} stages"
 
 
 def requests(args: argparse.Namespace) -> Iterator[GenerationRequest]:
@@ -250,6 +259,7 @@ def main() -> None:
     parser.add_argument(
         "--configs", nargs="*", default=[], help="tile shapes to try: m,n,warps,stages,tma"
     )
+    parser.add_argument("--stages", type=int, nargs="*", default=[], help="buffers, for Hopper")
     parser.add_argument("--model", default="tiny-wan")
     parser.add_argument("--method", default="gna")
     parser.add_argument("--generation-density", type=float, default=0.5)

@@ -21,7 +21,12 @@ from torch import Tensor
 from dit_accel.call import text_back, text_last
 from dit_accel.errors import OperatorUnavailableError, OptionError, did_you_mean
 from dit_accel.kernels.backend import why_no_gluon, why_no_hopper_kernel
-from dit_accel.kernels.precision import PRECISIONS, check_precision, why_no_precision
+from dit_accel.kernels.precision import (
+    PRECISIONS,
+    check_precision,
+    why_no_hopper_precision,
+    why_no_precision,
+)
 from dit_accel.kernels.statistics import block_statistics
 from dit_accel.plan import BlockSparsePlan, JointPlan
 
@@ -128,12 +133,7 @@ class TritonOperator(Operator):
                 return_lse=return_lse,
             )
             return joint if isinstance(joint, tuple) else (joint, None)
-        options: dict[str, Any] = {
-            "text_length": plan.layout.text_length,
-            "text_first": plan.layout.text_first,
-            "scale": scale,
-            "return_lse": return_lse,
-        }
+        options = _text_and_scale(plan, scale, return_lse)
         if self.precision is not None:
             from dit_accel.kernels.block_sparse_quantised import quantised_block_sparse_attention
 
@@ -152,6 +152,7 @@ class HopperOperator(Operator):
     """This package's Gluon kernel for Hopper: exact blocks of 128, head sizes 64 and 128."""
 
     name: ClassVar[str] = "hopper"
+    precisions: ClassVar[tuple[str, ...]] = ("fp8", "int8_fp8")
 
     def why_not_here(self) -> str | None:
         """Need triton 3.6 or newer and a GPU of compute capability 9.0."""
@@ -166,8 +167,10 @@ class HopperOperator(Operator):
             return reason
         if isinstance(plan, JointPlan):
             return "the plan has pooled blocks or stand-ins"
-        block_size = int(plan.video_mask.BLOCK_SIZE[0])
-        return why_no_hopper_kernel(query.device, query.dtype, query.shape[-1], block_size)
+        call = query.device, query.dtype, query.shape[-1], int(plan.video_mask.BLOCK_SIZE[0])
+        if self.precision is not None:
+            return why_no_hopper_precision(self.precision, *call)
+        return why_no_hopper_kernel(*call)
 
     def run(
         self,
@@ -179,18 +182,17 @@ class HopperOperator(Operator):
         return_lse: bool,
     ) -> AttentionOutput:
         """Run `hopper_block_sparse_attention` of `dit_accel.kernels`."""
-        from dit_accel.kernels.block_sparse_hopper import hopper_block_sparse_attention
+        tiles, options = _exact(plan).tiles, _text_and_scale(plan, scale, return_lse)
+        if self.precision is not None:
+            from dit_accel.kernels import block_sparse_hopper_quantised as rounding
 
-        result = hopper_block_sparse_attention(
-            query,
-            key,
-            value,
-            _exact(plan).tiles,
-            text_length=plan.layout.text_length,
-            text_first=plan.layout.text_first,
-            scale=scale,
-            return_lse=return_lse,
-        )
+            result = rounding.hopper_quantised_attention(
+                query, key, value, tiles, self.precision, **options
+            )
+        else:
+            from dit_accel.kernels.block_sparse_hopper import hopper_block_sparse_attention
+
+            result = hopper_block_sparse_attention(query, key, value, tiles, **options)
         return result if isinstance(result, tuple) else (result, None)
 
 
@@ -364,7 +366,7 @@ def check_backend(backend: str, precision: str | None = None) -> None:
     having = [cls.name for cls in OPERATORS if precision in cls.precisions]
     if precision is not None and backend not in ("auto", *having):
         raise OptionError(
-            f"backend {backend!r} has no {precision=}: choose backend='auto' or {having[0]!r}."
+            f"backend {backend!r} has no {precision=}: choose backend='auto' or one of {having}."
         )
 
 
@@ -426,6 +428,12 @@ def _exact(plan: SparsePlan) -> BlockSparsePlan:
     if isinstance(plan, JointPlan):
         raise OperatorUnavailableError(f"this operator can't run the plan: {POOLED}.")
     return plan
+
+
+def _text_and_scale(plan: SparsePlan, scale: float | None, return_lse: bool) -> dict[str, Any]:
+    """The arguments that our exact kernels have in common."""
+    text = {"text_length": plan.layout.text_length, "text_first": plan.layout.text_first}
+    return {**text, "scale": scale, "return_lse": return_lse}
 
 
 def _joint(

@@ -21,7 +21,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dit_accel.errors import OperatorUnavailableError
 from dit_accel.kernels.block_sparse import _NO_PEAK, check_call, empty_lse
 from dit_accel.kernels.precision import why_no_precision
-from dit_accel.kernels.quantise import TILE, Quantised, by_lane, quantise, to_e4m3
+from dit_accel.kernels.quantise import (
+    TILE,
+    Quantised,
+    add_mean_key,
+    by_lane,
+    quantise,
+    to_e4m3,
+)
 from dit_accel.kernels.tiles import TileLists
 from dit_accel.kernels.tuning import KernelConfig, quantised_config
 
@@ -310,10 +317,7 @@ def _quantised_op(
             INTERPRETED=triton.knobs.runtime.interpret,
             num_warps=cfg.num_warps, num_stages=cfg.num_stages,
         )  # fmt: skip
-    if with_lse:
-        # What taking the mean key off the keys took from every score of a row.
-        lse += torch.einsum("bnhd,bhd->bhn", query.float(), made.key_mean) * scale
-    return out, lse
+    return out, add_mean_key(lse, query, made, scale)
 
 
 @_quantised_op.register_fake

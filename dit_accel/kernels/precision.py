@@ -7,6 +7,7 @@ import importlib.util
 import torch
 
 from dit_accel.errors import OperatorUnavailableError, OptionError, did_you_mean
+from dit_accel.kernels.backend import why_no_gluon, why_no_hopper_kernel
 
 PRECISIONS = ("fp8", "int8_fp8", "int8")
 """See `quantised_reference.py`. "int8" runs on Ampere and newer; the others from Ada on."""
@@ -40,6 +41,16 @@ def why_no_precision(
     if triton.knobs.runtime.interpret and dtype == torch.bfloat16 and precision == "int8":
         return "Triton's interpreter multiplies the bit patterns of bfloat16, not the numbers"
     return None
+
+
+def why_no_hopper_precision(
+    precision: str, device: torch.device, dtype: torch.dtype, head_size: int, block_size: int
+) -> str | None:
+    """Say why `block_sparse_hopper_quantised` cannot run such a call, or return None if it can."""
+    check_precision(precision)
+    if precision == "int8":
+        return "its values are in 8 bits too: it has 'fp8' and 'int8_fp8', not 'int8'"
+    return why_no_gluon() or why_no_hopper_kernel(device, dtype, head_size, block_size)
 
 
 def check_device(precision: str | None, device: torch.device) -> None:

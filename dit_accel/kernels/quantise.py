@@ -210,3 +210,10 @@ def quantise(
             INTERPRETED=triton.knobs.runtime.interpret, num_warps=8,
         )  # fmt: skip
     return made
+
+
+def add_mean_key(lse: Tensor, query: Tensor, made: Quantised, scale: float) -> Tensor:
+    """Add to log-sums ``[B, H, N]``, if there are any, what the mean key took from each score."""
+    if not lse.numel():
+        return lse
+    return lse + torch.einsum("bnhd,bhd->bhn", query.float(), made.key_mean) * scale

@@ -5,6 +5,7 @@ On the GPU if there is one, else in Triton's interpreter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +18,12 @@ from dit_accel.call import TokenLayout
 from dit_accel.errors import GridMismatchError, OperatorUnavailableError, OptionError
 from dit_accel.grid import RASTER
 from dit_accel.kernels.block_sparse_quantised import quantised_block_sparse_attention
-from dit_accel.kernels.precision import PRECISIONS, check_device, why_no_precision
+from dit_accel.kernels.precision import (
+    PRECISIONS,
+    check_device,
+    why_no_hopper_precision,
+    why_no_precision,
+)
 from dit_accel.kernels.quantise import quantise
 from dit_accel.kernels.quantised_reference import (
     accuracy,
@@ -60,12 +66,14 @@ def check(
     text_first: bool = False,
     config: Any = None,
     scale: float | None = None,
+    kernel: Callable[..., Any] = quantised_block_sparse_attention,
 ) -> None:
     """The kernel is the formula, up to the rounding of float32 sums and of the output."""
     with poisoned_memory():
-        out, lse = quantised_block_sparse_attention(
+        given = {} if config is None else {"config": config}
+        out, lse = kernel(
             *qkv, lists, precision, text_length=text, text_first=text_first, scale=scale,
-            return_lse=True, config=config,
+            return_lse=True, **given,
         )  # fmt: skip
     assert out.dtype == qkv[0].dtype
     assert out.is_contiguous()
@@ -111,6 +119,51 @@ def test_bfloat16(precision: str, head_size: int) -> None:
     lists = tile_lists_from_dense(sparse_mask(2, 3, 2000, 2000, block=128), 128)
     qkv = offset_qkv(2, 2077, 3, head_size, dtype=torch.bfloat16)
     check(qkv, lists, precision, 77, True)
+
+
+NO_HOPPER = why_no_hopper_precision("fp8", torch.device(DEVICE), torch.float16, 64, 128)
+
+
+def hopper(*args: Any, **options: Any) -> Any:
+    from dit_accel.kernels.block_sparse_hopper_quantised import hopper_quantised_attention
+
+    return hopper_quantised_attention(*args, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_HOPPER is not None, reason=str(NO_HOPPER))
+@pytest.mark.parametrize("precision", ["fp8", "int8_fp8"])
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("num_video", "text", "text_first"),
+    [(63, 0, False), (128, 0, False), (300, 77, True), (384, 256, True), (2000, 200, False)],
+)
+def test_hopper(num_video, text, text_first, dtype, head_size, precision: str) -> None:
+    torch.manual_seed(0)
+    mask = sparse_mask(2, 3, num_video, num_video, block=128)
+    lists = tile_lists_from_dense(mask, 128)
+    qkv = offset_qkv(2, num_video + text, 3, head_size, dtype=dtype)
+    check(qkv, lists, precision, text, text_first, kernel=hopper)
+    given = {"text_length": text, "text_first": text_first}
+    portable = quantised_block_sparse_attention(*qkv, lists, precision, **given)
+    first, again = (hopper(*qkv, lists, precision, **given) for _ in range(2))
+    assert torch.equal(first, again)
+    assert relative_error(first, portable.double()) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_HOPPER is not None, reason=str(NO_HOPPER))
+def test_hopper_gives_zero_to_queries_without_keys() -> None:
+    mask = sparse_mask(700, 700, block=128)
+    mask[5] = False
+    mask[256:512] = False
+    lists = tile_lists_from_dense(mask, 128)
+    with poisoned_memory():
+        out, lse = hopper(*offset_qkv(1, 700, 2, 128), lists, "fp8", return_lse=True)
+    empty = ~mask.any(-1)
+    assert out[:, empty].abs().max() == 0
+    assert (lse[:, :, empty] == float("-inf")).all()
 
 
 @precisions
