@@ -15,7 +15,8 @@ Three parts, the first of which stops what is wrong from being timed:
   float32 stands beside it: where trajectories part, it is no larger.
 
 ``--stages`` tries the kernel for Hopper, which has not run yet: a wrong barrier would hang, so give
-it a run of its own. Without a GPU ``activations`` runs the formula instead of the kernel, and the others are left out.
+it a run of its own. Without a GPU ``activations`` runs the formula instead of the kernel, and the
+others are left out.
 """
 
 from __future__ import annotations

@@ -98,11 +98,7 @@ def accelerate_pipeline(
         options = {**preset.options, **options}
     resolved = resolve_method(chosen, **options)
     check_backend(backend, precision)
-    if precision is not None and resolved.pools:
-        raise OptionError(
-            f"method {resolved.name!r} pools blocks, which are attended in the tensors' own dtype "
-            f"alone: leave {precision=} out, or choose e.g. 'radial' or 'gna' without a remainder."
-        )
+    _check_exact(resolved, precision)
     if density is not None:
         check_density(density)
     schedule = Schedule.make(
@@ -352,6 +348,14 @@ def _single_method(
     if not isinstance(method, Sequence) or len(method) != 1:
         raise OptionError(f"method={method!r}: give one attention method, by name or as an object.")
     return method[0]
+
+
+def _check_exact(method: AttentionMethod, precision: str | None) -> None:
+    if precision is not None and method.pools:
+        raise OptionError(
+            f"method {method.name!r} pools blocks, which are attended in the tensors' own dtype "
+            f"alone: leave {precision=} out, or choose e.g. 'radial' or 'gna' without a remainder."
+        )
 
 
 def _compile_options(compiling: bool | Mapping[str, Any]) -> dict[str, Any] | None:
