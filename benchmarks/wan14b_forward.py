@@ -115,7 +115,7 @@ def measure(
             density=report.sparse_density,
             block_density=report.block_density,
             operator=report.calls[-1].operator,
-            options=report.options,
+            options=report.options[report.method],
         )
         restore_pipeline(pipe)
     return rows

@@ -141,6 +141,23 @@ def test_compile_option(tiny):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("cache", ["taylorseer", "unconditional_cache", "remainder_cache"])
+def test_compile_option_beside_a_cache(cache):
+    build, arguments = TINY_PIPELINES["wan"]
+    pipe = build()
+    both = {**GNA, "method": ["gna", cache]}
+    dense = run_tiny(pipe, arguments)
+    accelerate_pipeline(pipe, **both)
+    eager = run_tiny(pipe, arguments)
+    torch._dynamo.reset()
+    accelerate_pipeline(pipe, **both, compile={"backend": "eager", "fullgraph": True})
+    torch.testing.assert_close(run_tiny(pipe, arguments), eager, rtol=1e-4, atol=1e-4)
+    restore_pipeline(pipe)
+    assert not any(module._compiled_call_impl for module in pipe.transformer.modules())
+    assert torch.equal(run_tiny(pipe, arguments), dense)
+    torch._dynamo.reset()
+
+
 def test_compile_option_refuses_what_cannot_be():
     pipe = TINY_PIPELINES["wan"][0]()
     with pytest.raises(ValueError, match="Did you mean 'mode'"):
