@@ -28,6 +28,7 @@ class CallRecord:
         branch: guidance branch.
         plan: what was run.
         operator: who ran it; "dense" for diffusers' own attention.
+        precision: what its products were rounded to: "fp8" and the like, or the tensors' dtype.
         reason: why it was dense; empty if it was sparse.
     """
 
@@ -36,6 +37,7 @@ class CallRecord:
     branch: str
     plan: DensePlan | BlockSparsePlan | PastJointPlan
     operator: str
+    precision: str
     reason: str = ""
 
     @property
@@ -207,6 +209,7 @@ class AccelerationReport:
                     "branch": call.branch,
                     "density": call.density,
                     "operator": call.operator,
+                    "precision": call.precision,
                     "dense_because": call.reason,
                 }
                 for call in self.calls
@@ -268,15 +271,23 @@ class AccelerationReport:
         if self.sparse_density is not None:
             title += f", {self.sparse_density:.3f} where sparse"
         table = Table(title=title, caption="\n".join(self._remarks()) or None)
-        for column in ("attention calls", "operator", "density", "computed", "why dense"):
+        for column in (
+            "attention calls",
+            "operator",
+            "precision",
+            "density",
+            "computed",
+            "why dense",
+        ):
             table.add_column(column)
-        groups: dict[tuple[str, str], list[CallRecord]] = {}
+        groups: dict[tuple[str, str, str], list[CallRecord]] = {}
         for call in self.calls:
-            groups.setdefault((call.operator, call.reason), []).append(call)
-        for (operator, reason), calls in groups.items():
+            groups.setdefault((call.operator, call.precision, call.reason), []).append(call)
+        for (operator, precision, reason), calls in groups.items():
             table.add_row(
                 str(len(calls)),
                 operator,
+                precision,
                 f"{_mean([c.density for c in calls]):.3f}",
                 f"{_mean([c.block_density for c in calls]):.3f}",
                 reason,

@@ -16,6 +16,7 @@ from dit_accel.call import AttentionCall, TokenLayout, text_back, text_last
 from dit_accel.compat import dense_attention
 from dit_accel.errors import ContextParallelError
 from dit_accel.grid import RASTER, TokenOrder, check_tokens
+from dit_accel.kernels.precision import check_device
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.methods.selecting import SelectingMethod
 from dit_accel.operators import choose_operator, make_operators
@@ -59,10 +60,11 @@ class Runtime:
         schedule: Schedule,
         backend: str,
         density: float | None,
+        precision: str | None,
     ) -> None:
         self.family, self.schedule = family, schedule
         self.method = method  # None: attention stays as it is
-        self.backend, self.density = backend, density
+        self.backend, self.density, self.precision = backend, density, precision
         self.dense_backend: Any = None  # the diffusers backend that dense calls use
         self.tracker = CallTracker(pipe)
         self.recorder = Recorder()
@@ -70,7 +72,7 @@ class Runtime:
         self.sessions: Sequence[Session] = ()
         self.shuffle = TokenShuffle()
         self.layer: Tensor | None = None  # 0-d, so that all compiled blocks share one graph
-        self._operators = make_operators()
+        self._operators = make_operators(precision)
         self._started: tuple[Moment, Any] | None = None  # of the running forward, and when
         self._running: RunningForward | None = None
         self._methods: dict[TokenLayout, AttentionMethod] = {}
@@ -84,6 +86,7 @@ class Runtime:
         self, transformer: nn.Module, kwargs: dict[str, Any], num_layers: int, parallel: bool
     ) -> dict[str, Any]:
         """Prepare one forward of ``transformer``; return the arguments to run it with."""
+        check_device(self.precision, kwargs["hidden_states"].device)
         moment = self.tracker.advance(kwargs.get("timestep"))
         if moment.generation != self.recorder.generation:
             self._selections.clear()
@@ -278,7 +281,8 @@ class Runtime:
             return self._dense(query, key, value, None, scale, call, plan.reason)
         choice = choose_operator(self.backend, self._operators, plan, query)
         self.recorder.rejected.update(choice.rejected)
-        self._record(call, plan, choice.operator.name)
+        precision = self.precision or _dtype_name(query)
+        self._record(call, plan, choice.operator.name, precision)
         run = partial(choice.operator.run, scale=scale)
         for session in self.sessions:
             if isinstance(session, AttentionSession):
@@ -341,17 +345,18 @@ class Runtime:
         reason: str = "",
     ) -> Tensor:
         if call is not None:
-            self._record(call, DensePlan(reason), "dense", reason)
+            self._record(call, DensePlan(reason), "dense", _dtype_name(query), reason)
         return dense_attention(
             query, key, value, mask=mask, scale=scale, backend=self.dense_backend
         )
 
     def _record(
-        self, call: AttentionCall, plan: AttentionPlan, operator: str, reason: str = ""
-    ) -> None:
+        self, call: AttentionCall, plan: AttentionPlan, operator: str, precision: str,
+        reason: str = "",
+    ) -> None:  # fmt: skip
         past = PastJointPlan(plan.computed_share) if isinstance(plan, JointPlan) else plan
         self.recorder.calls.append(
-            CallRecord(call.step, call.layer, call.branch, past, operator, reason)
+            CallRecord(call.step, call.layer, call.branch, past, operator, precision, reason)
         )
 
     def _call_indices(
@@ -390,6 +395,10 @@ def _with_rows(rows: int, layout: TokenLayout, running: RunningForward) -> Token
     if len(running.layouts) == 1:
         check_tokens(rows, layout.grid, layout.text_length)
     return layout
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _mark(like: Any) -> Any:
