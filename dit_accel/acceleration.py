@@ -100,9 +100,8 @@ def accelerate_pipeline(
 
     methods = compose(chosen, options, defaults)
     attention = next((m for m in methods.values() if isinstance(m, AttentionMethod)), None)
-    general: dict[str, Any]
-    general = {"density": density, "dense_steps": dense_steps, "dense_layers": dense_layers}
-    general |= {"min_tokens": min_tokens, "backend": backend, "precision": precision}
+    general: dict[str, Any] = {"density": density, "backend": backend, "precision": precision}
+    general |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "min_tokens": min_tokens}
     check_general(chosen, general)
     check_backend(backend, precision)
     _check_exact(attention, precision)
