@@ -68,8 +68,7 @@ def accelerate_pipeline(
             steps, or ``(first, last)``. None: as published for this method and family.
         dense_layers: number of first layers that stay dense, or their indices. None likewise.
         min_tokens: video tokens under which everything stays dense. None: 2048.
-        backend: "auto", or the operator that must run: "hopper", "triton", "flash-attn-4", "flex",
-            "torch".
+        backend: "auto", or who must run: "hopper", "triton", "flash-attn-4", "flex" or "torch".
         precision: what the sparse kernel rounds to: "fp8" (everything in e4m3), "int8_fp8"
             (queries and keys in int8: nearer to exact) or "int8" (queries and keys alone; from
             compute capability 8.0 on, the others from 8.9). None: the tensors' own dtype. Needs a
@@ -100,10 +99,9 @@ def accelerate_pipeline(
 
     methods = compose(chosen, options, defaults)
     attention = next((m for m in methods.values() if isinstance(m, AttentionMethod)), None)
-    general: dict[str, Any]
     general = {"density": density, "dense_steps": dense_steps, "dense_layers": dense_layers}
-    general |= {"min_tokens": min_tokens, "backend": backend, "precision": precision}
-    check_general(chosen, general)
+    more = {"min_tokens": min_tokens, "backend": backend, "precision": precision}
+    check_general(chosen, {**general, **more})
     check_backend(backend, precision)
     _check_exact(attention, precision)
     if density is not None:
