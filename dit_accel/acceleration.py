@@ -181,6 +181,7 @@ class Acceleration:
                 "dense_layers": sorted(schedule.layers),
                 "min_tokens": schedule.min_tokens,
                 "backend": runtime.backend,
+                "tuning": dict(runtime.recorder.tuning),
             },
             calls=tuple(runtime.recorder.calls),
             forward_s=forward_seconds(runtime.recorder.forwards),

@@ -22,7 +22,9 @@ from dit_accel.call import text_back, text_last
 from dit_accel.errors import OperatorUnavailableError, OptionError, did_you_mean
 from dit_accel.kernels.backend import why_no_gluon, why_no_hopper_kernel
 from dit_accel.kernels.statistics import block_statistics
+from dit_accel.kernels.tuning import Tuning
 from dit_accel.plan import BlockSparsePlan, JointPlan
+from dit_accel.tuning_file import Tunings
 
 UNCOMPILED = ("cpu", "mps")
 """Devices on which FlexAttention is not compiled."""
@@ -54,6 +56,10 @@ class Operator(ABC):
         """Return why it can't run this plan on these tensors, or None."""
         return self.unavailable
 
+    def tuning(self, device: torch.device) -> Tuning | None:
+        """Return where its tile shapes for a device come from; None if it has none to choose."""
+        return None
+
     @abstractmethod
     def run(
         self,
@@ -72,6 +78,12 @@ class TritonOperator(Operator):
     """This package's Triton kernel: any size, any head size up to 256, text in place."""
 
     name: ClassVar[str] = "triton"
+
+    tunings: Tunings = field(default_factory=Tunings, compare=False)
+
+    def tuning(self, device: torch.device) -> Tuning:
+        """Return the settings measured on this card, if they were."""
+        return self.tunings.of(device)
 
     def why_not_here(self) -> str | None:
         """Need the package and an NVIDIA GPU of compute capability 8.0 or newer."""
@@ -126,6 +138,7 @@ class TritonOperator(Operator):
             text_first=plan.layout.text_first,
             scale=scale,
             return_lse=return_lse,
+            config=self.tuning(query.device).kernel_config(query.shape[-1], query.element_size()),
         )
         return result if isinstance(result, tuple) else (result, None)
 
@@ -135,6 +148,12 @@ class HopperOperator(Operator):
     """This package's Gluon kernel for Hopper: exact blocks of 128, head sizes 64 and 128."""
 
     name: ClassVar[str] = "hopper"
+
+    tunings: Tunings = field(default_factory=Tunings, compare=False)
+
+    def tuning(self, device: torch.device) -> Tuning:
+        """Return the settings measured on this card, if they were."""
+        return self.tunings.of(device)
 
     def why_not_here(self) -> str | None:
         """Need triton 3.6 or newer and a GPU of compute capability 9.0."""
@@ -164,15 +183,19 @@ class HopperOperator(Operator):
         """Run `hopper_block_sparse_attention` of `dit_accel.kernels`."""
         from dit_accel.kernels.block_sparse_hopper import hopper_block_sparse_attention
 
+        tiles, text_length = _exact(plan).tiles, plan.layout.text_length
         result = hopper_block_sparse_attention(
             query,
             key,
             value,
-            _exact(plan).tiles,
-            text_length=plan.layout.text_length,
+            tiles,
+            text_length=text_length,
             text_first=plan.layout.text_first,
             scale=scale,
             return_lse=return_lse,
+            config=self.tuning(query.device).hopper_config(
+                query.shape[-1], tiles.longest, text_length > 0
+            ),
         )
         return result if isinstance(result, tuple) else (result, None)
 
@@ -321,11 +344,16 @@ class TorchOperator(Operator):
 
 
 def make_operators() -> Mapping[str, Operator]:
-    """Return one of each operator, by name."""
-    classes = (
-        HopperOperator, TritonOperator, FlashAttention4Operator, FlexOperator, TorchOperator,
-    )  # fmt: skip
-    return MappingProxyType({cls.name: cls() for cls in classes})
+    """Return one of each operator, by name; what a card was tuned to is read on first use."""
+    tunings = Tunings()
+    operators = (
+        HopperOperator(tunings),
+        TritonOperator(tunings),
+        FlashAttention4Operator(),
+        FlexOperator(),
+        TorchOperator(),
+    )
+    return MappingProxyType({operator.name: operator for operator in operators})
 
 
 def list_operators() -> list[Operator]:

@@ -53,6 +53,7 @@ class Recorder:
     calls: list[CallRecord] = field(default_factory=list)
     forwards: list[tuple[int | None, Any, Any]] = field(default_factory=list)
     rejected: dict[str, str] = field(default_factory=dict)
+    tuning: dict[str, str] = field(default_factory=dict)  # where operators have tile shapes from
     notes: list[str] = field(default_factory=list)
 
     def begin(self, generation: int) -> None:
@@ -76,7 +77,7 @@ class AccelerationReport:
         method: name of the method.
         options: its options as resolved.
         family: model family.
-        settings: where schedule and options came from, and the schedule itself.
+        settings: where schedule, options and tile shapes came from, and the schedule itself.
         calls: one record per attention call of the last generation.
         forward_s: seconds per denoising step spent in transformers.
         rejected: operators that ``backend="auto"`` passed over, with the reason.
@@ -184,7 +185,9 @@ class AccelerationReport:
 
     def _remarks(self) -> list[str]:
         rejected = [f"{name} passed over: {why}" for name, why in self.rejected.items()]
-        return rejected + list(self.notes)
+        tuning = self.settings.get("tuning", {}).items()
+        tiles = [f"tile shapes of {name}: {source}" for name, source in tuning]
+        return rejected + tiles + list(self.notes)
 
 
 def forward_seconds(forwards: list[tuple[int | None, Any, Any]]) -> dict[int | None, float]:

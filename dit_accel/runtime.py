@@ -18,7 +18,7 @@ from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.methods.selecting import SelectingMethod
 from dit_accel.operators import choose_operator, make_operators
 from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
-from dit_accel.plan import AttentionPlan, DensePlan, JointPlan, PastJointPlan
+from dit_accel.plan import AttentionPlan, BlockSparsePlan, DensePlan, JointPlan, PastJointPlan
 from dit_accel.report import CallRecord, Recorder
 from dit_accel.schedule import Schedule
 from dit_accel.tracking import CallTracker, Moment
@@ -226,6 +226,9 @@ class Runtime:
             return self._dense(query, key, value, None, scale, call, plan.reason)
         choice = choose_operator(self.backend, self._operators, plan, query)
         self.recorder.rejected.update(choice.rejected)
+        tuning = choice.operator.tuning(query.device)
+        if tuning is not None and isinstance(plan, BlockSparsePlan):
+            self.recorder.tuning[choice.operator.name] = tuning.source
         self._record(call, plan, choice.operator.name)
         return choice.operator.run(query, key, value, plan, scale, return_lse=False)[0]
 

@@ -49,6 +49,11 @@ class TileLists:
     block_size: int
     num_tokens: int
 
+    @property
+    def longest(self) -> int:
+        """Key tiles that there is room for on a list, full and partial ones together."""
+        return self.full_index.shape[-1] + self.partial_index.shape[-1]
+
     def allowed_pairs(self) -> float:
         """Number of allowed (query, key) pairs, the mean over batch and heads."""
         columns = tile_lengths(self.num_tokens, self.block_size, self.full_index.device)
