@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -75,18 +76,16 @@ class Case:
             listed,
             BLOCK_SIZE=BLOCK,
             # Compiled kernels take whole tiles from the lists; eager FlexAttention asks this alone.
-            mask_mod=None if self.index.is_cuda else self._is_listed,
+            mask_mod=None if self.index.is_cuda else self._listed(),
             seq_lengths=(self.tokens, self.tokens),
         )
 
-    def _is_listed(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return self._visited[batch, head, query // BLOCK, key // BLOCK]
-
-    @cached_property
-    def _visited(self) -> Tensor:
+    def _listed(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Return the lists as a function of (batch, head, query, key)."""
         shape = *self.count.shape, self.count.shape[-1]
         empty = torch.zeros(shape, dtype=torch.bool, device=self.index.device)
-        return empty.scatter_(-1, self.index.long(), True)
+        visited = empty.scatter_(-1, self.index.long(), True)
+        return lambda b, h, q, k: visited[b, h, q // BLOCK, k // BLOCK]
 
     @cached_property
     def plan(self) -> BlockSparsePlan:
