@@ -77,7 +77,7 @@ STUDY: dict[str, Row] = {
     "psa, levels of ends": {"mode": "top_k"},
     "psa, raster": {"order": "raster"},
     "psa, plans serve 4 steps": {"refresh_every": 4},
-    "rectified, plans serve 4 steps": {"refresh_every": 4},
+    "rectified, no neighbours, plans serve 4 steps": {"neighbours": False, "refresh_every": 4},
     "pisa, plans serve 4 steps": {"refresh_every": 4},
 }
 """Variants for decisions: measured at `STUDY_DENSITIES` only."""
@@ -86,7 +86,7 @@ STUDY_DENSITIES = (0.25, 0.15)
 
 @dataclass(frozen=True)
 class Clips:
-    """What a pipeline made of each prompt, on the CPU: frames ``[T, 3, H, W]`` and last latents."""
+    """What a pipeline made of each prompt: frames ``[T, 3, H, W]`` and last latents, float32."""
 
     frames: list[Tensor]
     latents: list[Tensor]
@@ -120,8 +120,8 @@ def generate_all(
             callback_on_step_end=keep,
         )
         frames = output.frames if hasattr(output, "frames") else output.images[:, None]
-        clips.frames.extend(frames.float().cpu())
-        clips.latents.extend(last["latents"].float().cpu())
+        clips.frames.extend(frames.float())
+        clips.latents.extend(last["latents"].float())
     return clips
 
 
@@ -246,6 +246,7 @@ class Context:
     batch: int
     layout: TokenLayout
     dense: Clips
+    dense_follows: list[float]
     read: Any
     extra: Row
 
@@ -259,13 +260,14 @@ class Context:
             "psnr_db": None if math.isinf(decibels) else decibels,
             "ssim": ssim(frames, dense),
             "latents_relative_l1": relative_l1(clips.latents[index], self.dense.latents[index]),
-            "following": self.follows(frames, index),
-            "dense_following": self.follows(dense, index),
+            "following": follows(self.read, frames, self.entries[index]),
+            "dense_following": self.dense_follows[index],
         }
 
-    def follows(self, frames: Tensor, index: int) -> float:
-        """Return the share of the prompt's attributes that a checker finds."""
-        return shares_right([self.read(frames, self.entries[index])])["all"]
+
+def follows(read: Any, frames: Tensor, entry: Row) -> float:
+    """Return the share of an entry's attributes that ``read`` finds in its frames."""
+    return shares_right([read(frames, entry)])["all"]
 
 
 def measure_model(model: str, args: argparse.Namespace) -> Row:
@@ -316,7 +318,8 @@ def measure_model(model: str, args: argparse.Namespace) -> Row:
     content["layout"] = {**asdict(layout), "tokens": layout.num_tokens}
     dense = generate_all(pipe, requests, batch, extra)
     read = make_reader(world, device)
-    context = Context(requests, entries, batch, layout, dense, read, extra)
+    dense_follows = [follows(read, *pair) for pair in zip(dense.frames, entries, strict=True)]
+    context = Context(requests, entries, batch, layout, dense, dense_follows, read, extra)
     for name, density in todo:
         start = time.perf_counter()
         row = measure(pipe, name, density, context)
@@ -331,7 +334,7 @@ def measure_model(model: str, args: argparse.Namespace) -> Row:
 
 def line(row: Row) -> str:
     """One row for a terminal."""
-    text = f"{row['method']:36s} {row['density']!s:5s} "
+    text = f"{row['method']:46s} {row['density']!s:5s} "
     for key in ("unreachable", "failed"):
         if key in row:
             return text + f"{key}: {row[key]}"

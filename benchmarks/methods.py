@@ -2,6 +2,7 @@
 
     python benchmarks/methods.py --output benchmarks/results/methods-h200.json
     python benchmarks/methods.py --quick                   # one size and density
+    python benchmarks/methods.py --sweep                   # tile shapes of the joint kernel
     python benchmarks/methods.py --device cpu --tokens 1560 # a trial: its times mean nothing
 
 Beside it, in the same run: cuDNN dense, and FlexAttention and flash-attn-4 (where installed) with
@@ -18,11 +19,13 @@ measured once a size at the least density that it "reaches".
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +36,17 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from dit_accel.bench.cases import make_case
 from dit_accel.bench.contenders import GRIDS, cudnn_dense
-from dit_accel.bench.measuring import manifest, median_ms
+from dit_accel.bench.measuring import manifest, median_ms, write_json
 from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.errors import DensityUnreachableError, DitAccelError
-from dit_accel.files import write_text
 from dit_accel.kernels.importance import sampled_importance
 from dit_accel.kernels.statistics import block_statistics
+from dit_accel.kernels.tuning import KernelConfig
 from dit_accel.methods.base import AttentionMethod
 from dit_accel.methods.psa import PSA
 from dit_accel.methods.selecting import SelectingMethod
-from dit_accel.operators import choose_operator, make_operators
-from dit_accel.plan import AttentionPlan, BlockSparsePlan, DensePlan
+from dit_accel.operators import choose_operator, joint_options, make_operators
+from dit_accel.plan import AttentionPlan, BlockSparsePlan, DensePlan, JointPlan
 from dit_accel.registry import resolve_method
 
 LARGE, TOY = (75_600, 32_760, 118_800), 1_560
@@ -196,7 +199,35 @@ def measure_size(
                 {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
             )
             print(result["rows"][-1], flush=True)
-            save(result, args.output)
+            write_json(result, args.output)
+
+
+def sweep(args: argparse.Namespace) -> list[Row]:
+    """Attention alone with every tile shape of the joint kernel that may pay, fastest first."""
+    from dit_accel.kernels.joint import joint_sparse_attention
+
+    tokens, rows = args.tokens[0], []
+    layout = TokenLayout(GRIDS[tokens])
+    qkv = make_case(tokens, args.heads, args.head_size, 0.1, args.device).qkv
+    for name in ("pisa", "psa", "rectified"):
+        method = make_method(name).at_density(args.density[0], layout)
+        order = method.token_order(layout.grid)
+        plan = method.plan(AttentionCall(layout), *qkv, order)
+        if not isinstance(plan, JointPlan):
+            continue
+        options = joint_options(plan, *qkv, None)
+        block_m = plan.query_block
+        for block_n, warps, stages in product((64, 32), (4, 8), (2, 3, 4)):
+            if warps == 8 and block_m < 128:
+                continue
+            for use_tma in (True, False):
+                config = KernelConfig(block_m, block_n, warps, stages, use_tma)
+                run = partial(joint_sparse_attention, *qkv, **options, config=config)
+                row = {"tokens": tokens, "method": name, **asdict(config)}
+                row |= guarded("config", lambda run=run: {"attention_ms": median_ms(run)})
+                rows.append(row)
+                print(row, flush=True)
+    return sorted(rows, key=lambda row: (row["method"], row.get("attention_ms", math.inf)))
 
 
 def dense_run(qkv: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
@@ -205,12 +236,6 @@ def dense_run(qkv: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
         return partial(cudnn_dense, *qkv)
     heads_first = [x.transpose(1, 2) for x in qkv]
     return partial(torch.nn.functional.scaled_dot_product_attention, *heads_first)
-
-
-def save(result: Row, output: Path | None) -> None:
-    """Write ``result``, if there is somewhere to."""
-    if output is not None:
-        write_text(output, json.dumps(result, indent=1) + "\n")
 
 
 def table(rows: list[Row]) -> str:
@@ -242,11 +267,12 @@ def main() -> None:
     parser.add_argument("--density", type=float, nargs="+", default=[0.15, 0.25, 0.1])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--quick", action="store_true", help="75,600 tokens and density .15 alone")
+    parser.add_argument("--sweep", action="store_true", help="tile shapes, at the same")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--commit")
     args = parser.parse_args()
-    if args.quick:
+    if args.quick or args.sweep:
         args.tokens, args.density = [75_600], [0.15]
 
     result: Row = {"manifest": manifest(args.commit), "dense_backend": "cuDNN SDPA", "rows": []}
@@ -256,6 +282,11 @@ def main() -> None:
     result["small_check_grid"] = SMALL_GRID
     # One compiled function: it compiles anew for each number of tokens, not for each density.
     flex = flex_attention if args.device == "cpu" else torch.compile(flex_attention, dynamic=False)
+    if args.sweep:
+        with torch.no_grad():
+            result["rows"] = sweep(args)
+        write_json(result, args.output)
+        return
     small_checks: dict[str, Row] = {}
     start = time.perf_counter()
     with torch.no_grad():
@@ -266,7 +297,7 @@ def main() -> None:
             if failed:
                 result["rows"].append({"tokens": tokens, "method": "all", **failed})
     result["manifest"]["spent_s"] = round(time.perf_counter() - start, 1)
-    save(result, args.output)
+    write_json(result, args.output)
     print(table(result["rows"]))
 
 

@@ -29,7 +29,7 @@ from dit_accel.cli.options import parse_options
 from dit_accel.environment import describe_device, environment, pick_device
 from dit_accel.errors import DensityUnreachableError, DitAccelError, OptionError
 from dit_accel.files import write_text
-from dit_accel.generation import GenerationRequest, Result, generate
+from dit_accel.generation import GenerationRequest, Result, at_once, generate
 from dit_accel.models import generation_defaults, load_pipeline
 from dit_accel.world.worlds import fixed_prompts, make_reader, shares_right
 
@@ -51,7 +51,7 @@ def compare(
     """Generate with a method; return the result, or why this density can't be reached."""
     try:
         if not warm:
-            accelerate_pipeline(pipe, method, **{**options, "dense_steps": 0, "dense_layers": 0})
+            accelerate_pipeline(pipe, method, **at_once(method, options))
             generate(pipe, replace(request, steps=1))
         accelerate_pipeline(pipe, method, **options)
         return Result(generate(pipe, request), acceleration_report(pipe), dense)

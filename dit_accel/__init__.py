@@ -25,6 +25,17 @@ _PUBLIC = {
     "PSA": "dit_accel.methods.psa",
     "RectifiedSpaAttn": "dit_accel.methods.rectified",
     "PISA": "dit_accel.methods.pisa",
+    "FirstBlockCache": "dit_accel.caching.first_block",
+    "DualBlockCache": "dit_accel.caching.dual_block",
+    "TeaCache": "dit_accel.caching.teacache",
+    "MagCache": "dit_accel.caching.magcache",
+    "TaylorSeer": "dit_accel.caching.taylorseer",
+    "EasyCache": "dit_accel.caching.easycache",
+    "SeaCache": "dit_accel.caching.seacache",
+    "ProfilingCache": "dit_accel.caching.profiling",
+    "PyramidAttentionBroadcast": "dit_accel.caching.pab",
+    "UnconditionalCache": "dit_accel.caching.unconditional",
+    "RemainderCache": "dit_accel.caching.remainder",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -33,6 +44,17 @@ if TYPE_CHECKING:
     from dit_accel.acceleration import accelerate_pipeline as accelerate_pipeline
     from dit_accel.acceleration import acceleration_report as acceleration_report
     from dit_accel.acceleration import restore_pipeline as restore_pipeline
+    from dit_accel.caching.dual_block import DualBlockCache as DualBlockCache
+    from dit_accel.caching.easycache import EasyCache as EasyCache
+    from dit_accel.caching.first_block import FirstBlockCache as FirstBlockCache
+    from dit_accel.caching.magcache import MagCache as MagCache
+    from dit_accel.caching.pab import PyramidAttentionBroadcast as PyramidAttentionBroadcast
+    from dit_accel.caching.profiling import ProfilingCache as ProfilingCache
+    from dit_accel.caching.remainder import RemainderCache as RemainderCache
+    from dit_accel.caching.seacache import SeaCache as SeaCache
+    from dit_accel.caching.taylorseer import TaylorSeer as TaylorSeer
+    from dit_accel.caching.teacache import TeaCache as TeaCache
+    from dit_accel.caching.unconditional import UnconditionalCache as UnconditionalCache
     from dit_accel.functional import attention_mask as attention_mask
     from dit_accel.functional import block_mask as block_mask
     from dit_accel.functional import sparse_attention as sparse_attention

@@ -1,4 +1,4 @@
-"""Attaches a method to a diffusers pipeline, and takes it off again.
+"""Attaches methods to a diffusers pipeline, and takes them off again.
 
 Stock attention processors stay in place: only their backend becomes ours, and a few hooks tell it
 what the tokens are. Everything is undone in reverse by `restore_pipeline`.
@@ -6,25 +6,28 @@ what the tokens are. Everything is undone in reverse by `restore_pipeline`.
 
 from __future__ import annotations
 
-import inspect
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dit_accel import compat
+from dit_accel.caching.brought import brought_options
+from dit_accel.composition import MethodChoice, check_general, compose, members
 from dit_accel.errors import ContextParallelError, OptionError, UnknownPipelineError
+from dit_accel.kinds import Method
 from dit_accel.methods.base import AttentionMethod, check_density
 from dit_accel.operators import check_backend
 from dit_accel.pipelines.base import PipelineFamily, Undo
-from dit_accel.presets import DEFAULT, auto_method, preset_for
-from dit_accel.registry import family_class, list_families, resolve_method
+from dit_accel.policy import policy_rows
+from dit_accel.presets import DEFAULT, Preset, auto_method, preset_for
+from dit_accel.registry import family_class, list_families, method_class
 from dit_accel.report import AccelerationReport, forward_seconds
 from dit_accel.runtime import Runtime, warn_switched_off
 from dit_accel.schedule import Schedule, Steps
+from dit_accel.session import AttentionSession, Session, SessionMethod, arguments_by_name
 
 _ATTRIBUTE = "_dit_accel"
 _UNSET = object()
@@ -32,7 +35,7 @@ _UNSET = object()
 
 def accelerate_pipeline(
     pipe: Any,
-    method: str | AttentionMethod | Sequence[str | AttentionMethod] = "auto",
+    method: MethodChoice = "auto",
     *,
     density: float | None = None,
     dense_steps: Steps | tuple[Steps, Steps] | None = None,
@@ -42,14 +45,15 @@ def accelerate_pipeline(
     guard: None = None,
     **options: Any,
 ) -> Any:
-    """Make a diffusers pipeline attend sparsely, in place. For inference.
+    """Attach an attention method, a cache, or both to a diffusers pipeline. For inference.
 
-    Calling it again replaces the method; `restore_pipeline` undoes it exactly.
+    Calling it again replaces what was attached; `restore_pipeline` undoes it exactly.
 
     Args:
         pipe: a pipeline of a known family (see `list_families`).
-        method: name or config object of an attention method, or a list holding one; "auto" takes
-            the published one for this family, if there is one, and stays dense otherwise.
+        method: name or config object of a method, or a list of them, at most one of each kind
+            (`list_methods` tells them by kind). "auto" takes the attention method published for
+            this family, if there is one. Without an attention method, attention is not touched.
         density: share of (query, key) pairs to keep, in (0, 1]; the method's options are set so
             that the share that is computed does not exceed it. None leaves them as they are.
         dense_steps: denoising steps that stay dense: a number (int) or share (float) of first
@@ -59,7 +63,8 @@ def accelerate_pipeline(
         backend: "auto", or the operator that must run: "hopper", "triton", "flash-attn-4", "flex",
             "torch".
         guard: reserved for the quality guard; must be None.
-        options: options of the method given by name, e.g. ``decay=0.5``.
+        options: options of the methods given by name, e.g. ``decay=0.5``; a dict under a method's
+            name goes to that method alone, e.g. ``radial={"decay": 0.5}``.
 
     Returns:
         The same pipeline.
@@ -73,28 +78,30 @@ def accelerate_pipeline(
         raise OptionError("guard is not available in this version: leave it None.")
     family = family_of(pipe)
     variants = family.variants(pipe)
-    chosen, notes = _single_method(method), []
-    if chosen == "auto":
-        chosen, why = auto_method(*variants)
-        notes.append(f"method='auto' took {chosen!r}: {why}")
-    preset = preset_for(*variants, method=chosen) if isinstance(chosen, str) else DEFAULT
-    if isinstance(chosen, str):
-        options = {**preset.options, **options}
-    resolved = resolve_method(chosen, **options)
+    chosen, notes = _settle_auto(members(method), variants)
+
+    def defaults(name: str) -> dict[str, Any]:
+        return {**preset_for(*variants, method=name).options, **brought_options(pipe, name)}
+
+    methods = compose(chosen, options, defaults)
+    attention = next((m for m in methods.values() if isinstance(m, AttentionMethod)), None)
+    general = {"density": density, "dense_steps": dense_steps, "dense_layers": dense_layers}
+    check_general(chosen, {**general, "min_tokens": min_tokens, "backend": backend})
     check_backend(backend)
     if density is not None:
         check_density(density)
+    preset = _attention_preset(chosen, variants)
     schedule = Schedule.make(
         preset.dense_steps if dense_steps is None else dense_steps,
         preset.dense_layers if dense_layers is None else dense_layers,
         preset.min_tokens if min_tokens is None else min_tokens,
     )
-    runtime = Runtime(pipe, family, resolved, schedule, backend, density)
+    runtime = Runtime(pipe, family, attention, schedule, backend, density)
     runtime.recorder.notes += notes
-    acceleration = Acceleration(pipe, runtime, preset.source)
-    restore_pipeline(pipe)
-    acceleration.attach()
-    object.__setattr__(pipe, _ATTRIBUTE, acceleration)
+    runtime.sessions = _start_sessions(pipe, runtime, methods.values())
+    names = [member for member in chosen if isinstance(member, str)]
+    sources = [preset_for(*variants, method=name).source for name in names] or [DEFAULT.source]
+    _replace(pipe, Acceleration(pipe, runtime, tuple(methods.values()), "; ".join(sources)))
     return pipe
 
 
@@ -141,19 +148,22 @@ def family_of(pipe: Any) -> PipelineFamily:
 
 
 class Acceleration:
-    """A method attached to one pipeline: what was installed, and how to undo it."""
+    """Methods attached to one pipeline: what was installed, and how to undo it."""
 
-    def __init__(self, pipe: Any, runtime: Runtime, preset: str) -> None:
-        self.pipe, self.runtime, self.preset = pipe, runtime, preset
+    def __init__(
+        self, pipe: Any, runtime: Runtime, methods: tuple[Method, ...], preset: str
+    ) -> None:
+        self.pipe, self.runtime, self.methods, self.preset = pipe, runtime, methods, preset
         self._name = compat.OWN_BACKENDS + uuid.uuid4().hex[:12]
         self._undo: list[Undo] = []
 
     def attach(self) -> None:
         """Install the backend and the hooks; on failure leave the pipeline as it was."""
         try:
-            function, forget = _compilable(self._name, self.runtime)
-            self._undo.append(forget)
-            self._undo.append(compat.add_attention_backend(self._name, function))
+            if self.runtime.method is not None:
+                function, forget = _compilable(self._name, self.runtime)
+                self._undo.append(forget)
+                self._undo.append(compat.add_attention_backend(self._name, function))
             for component in self.runtime.family.components:
                 transformer = _unwrap(getattr(self.pipe, component, None))
                 if transformer is not None:
@@ -170,9 +180,9 @@ class Acceleration:
     def report(self) -> AccelerationReport:
         """Sum up the last generation."""
         runtime, schedule = self.runtime, self.runtime.schedule
+        recorder = runtime.recorder
         return AccelerationReport(
-            method=runtime.method.name,
-            options=asdict(runtime.method),
+            methods=self.methods,
             family=runtime.family.name,
             settings={
                 "preset": self.preset,
@@ -183,35 +193,43 @@ class Acceleration:
                 "backend": runtime.backend,
                 "tuning": dict(runtime.recorder.tuning),
             },
-            calls=tuple(runtime.recorder.calls),
-            forward_s=forward_seconds(runtime.recorder.forwards),
-            rejected=dict(runtime.recorder.rejected),
-            notes=tuple(runtime.recorder.notes),
+            calls=tuple(recorder.calls),
+            steps=tuple(recorder.steps),
+            cache_bytes=recorder.cache_bytes,
+            policy=policy_rows(recorder.calls, recorder.steps, recorder.layer_blocks),
+            forward_s=forward_seconds(recorder.forwards),
+            rejected=dict(recorder.rejected),
+            notes=tuple(recorder.notes),
         )
 
     def _attach_transformer(self, transformer: nn.Module) -> None:
         runtime = self.runtime
-        self._undo += runtime.family.install_processors(transformer)
         layers = runtime.family.attention_layers(transformer)
-        member = compat.backend_member(self._name)
-        for index, layer in enumerate(layers):
-            self._undo.append(_attach_layer(layer, index, member, runtime))
+        runtime.recorder.layer_blocks = _blocks_of(layers, runtime.family.blocks(transformer))
+        member = None
+        if runtime.method is not None:
+            self._undo += runtime.family.install_processors(transformer)
+            member = compat.backend_member(self._name)
+            for index, layer in enumerate(layers):
+                self._undo.append(_attach_layer(layer, index, member, runtime))
         self._undo.append(runtime.tracker.watch(transformer))
+        self._undo.append(runtime.seam.restore)
+        for session in runtime.sessions:
+            session.attach(transformer)
 
         @torch.compiler.disable
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            off = sum(
-                getattr(layer.processor, "_attention_backend", None) != member for layer in layers
-            )
+            backends = [getattr(layer.processor, "_attention_backend", None) for layer in layers]
+            off = sum(backend != member for backend in backends) if member is not None else 0
             if off:
                 warn_switched_off(runtime, off, len(layers))
             parallel = getattr(layers[0].processor, "_parallel_config", None) is not None
-            named = _by_name(module, args, kwargs)
+            named = arguments_by_name(module, args, kwargs)
             return (), runtime.enter(module, named, len(layers), parallel)
 
         @torch.compiler.disable
-        def leave(*_: Any) -> None:
-            runtime.leave()
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            runtime.leave(output)
 
         # First in line, so that it sees the caller's inputs before the family's hooks change them.
         self._undo.append(
@@ -219,6 +237,12 @@ class Acceleration:
         )
         self._undo += runtime.family.install_shuffle(transformer, runtime.shuffle)
         self._undo.append(transformer.register_forward_hook(leave, always_call=True).remove)
+
+
+def _blocks_of(layers: list[Any], blocks: list[nn.Module]) -> tuple[int | None, ...]:
+    """Return the index of the block that each attention layer is part of."""
+    owner = {id(module): index for index, block in enumerate(blocks) for module in block.modules()}
+    return tuple(owner.get(id(layer)) for layer in layers)
 
 
 def _attach_layer(layer: Any, index: int, member: Any, runtime: Runtime) -> Undo:
@@ -304,24 +328,48 @@ def _compilable(name: str, runtime: Runtime) -> tuple[Callable[..., Tensor], Und
     return backend, library._destroy
 
 
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the call's arguments by name."""
-    if not args:
-        return dict(kwargs)
-    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
-    named = dict(bound.arguments)
-    named.pop("self", None)
-    return named
+def _start_sessions(pipe: Any, runtime: Runtime, methods: Iterable[Method]) -> tuple[Session, ...]:
+    """Return the working states of the cache and the guidance among the methods."""
+    acting = [method for method in methods if isinstance(method, SessionMethod)]
+    sessions = tuple(method.session(pipe, runtime.seam) for method in acting)
+    if runtime.method is None and any(isinstance(s, AttentionSession) for s in sessions):
+        raise OptionError(
+            f"{acting[0].name!r} acts on a sparse method's attention: add one, such as "
+            f"['radial', {acting[0].name!r}]."
+        )
+    return sessions
 
 
-def _single_method(
-    method: str | AttentionMethod | Sequence[str | AttentionMethod],
-) -> str | AttentionMethod:
-    if isinstance(method, str | AttentionMethod):
-        return method
-    if not isinstance(method, Sequence) or len(method) != 1:
-        raise OptionError(f"method={method!r}: give one attention method, by name or as an object.")
-    return method[0]
+def _replace(pipe: Any, acceleration: Acceleration) -> None:
+    """Attach an acceleration in place of the one before, which stays if that fails."""
+    before = pipe.__dict__.get(_ATTRIBUTE)
+    restore_pipeline(pipe)
+    try:
+        acceleration.attach()
+    except BaseException:
+        if before is not None:
+            before.attach()
+            object.__setattr__(pipe, _ATTRIBUTE, before)
+        raise
+    object.__setattr__(pipe, _ATTRIBUTE, acceleration)
+
+
+def _settle_auto(
+    chosen: list[str | Method], variants: tuple[str, ...]
+) -> tuple[list[str | Method], list[str]]:
+    """Return the choice with "auto" replaced by a name, and notes on why that one."""
+    if "auto" not in chosen:
+        return chosen, []
+    name, why = auto_method(*variants)
+    note = f"method='auto' took {name!r}: {why}"
+    return [name if member == "auto" else member for member in chosen], [note]
+
+
+def _attention_preset(chosen: Sequence[str | Method], variants: tuple[str, ...]) -> Preset:
+    """Return the published settings of the attention method, if it was chosen by name."""
+    names = [name for name in chosen if isinstance(name, str)]
+    attention = [name for name in names if method_class(name).kind == "attention"]
+    return preset_for(*variants, method=attention[0]) if attention else DEFAULT
 
 
 def _unwrap(transformer: Any) -> Any:

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from dit_accel.errors import OptionError
 
 OWN_BACKENDS = "dit_accel_"
 """Prefix of the names under which accelerations register."""
@@ -128,3 +130,49 @@ def ring_degree(parallel_config: Any) -> int:
     """Return how many ranks a parallel config splits keys and values over."""
     context = getattr(parallel_config, "context_parallel_config", None)
     return int(getattr(context, "ring_degree", 1) or 1)
+
+
+def parallel_config(layers: list[Any]) -> Any:
+    """Return the parallel config that diffusers gave these attention layers, if any."""
+    return getattr(layers[0].processor, "_parallel_config", None) if layers else None
+
+
+def sum_over_sequence(parallel_config: Any, values: Tensor) -> Tensor:
+    """Sum ``values`` over the ranks that share a sequence (not over all ranks there are)."""
+    context = getattr(parallel_config, "context_parallel_config", None)
+    mesh = getattr(context, "_flattened_mesh", None)
+    if mesh is None:
+        return values
+    import torch.distributed as dist
+
+    total = values.clone()
+    dist.all_reduce(total, group=mesh.get_group())
+    return total
+
+
+def split_inputs(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a block's inputs as its body sees them: this rank's share, if it is where they split.
+
+    Under context parallelism diffusers splits a model's tokens by a hook on one of its modules.
+    """
+    hooks = getattr(getattr(block, "_diffusers_hook", None), "hooks", {})
+    for name, hook in hooks.items():
+        if name.startswith("cp_input"):
+            args, kwargs = hook.pre_forward(block, *args, **kwargs)
+    return args, kwargs
+
+
+def refuse_other_caches(transformer: nn.Module) -> None:
+    """Raise `OptionError` if diffusers or cache-dit caches this transformer already."""
+    if getattr(transformer, "is_cache_enabled", False):
+        raise OptionError(
+            "diffusers already caches this transformer: call its disable_cache() first, or choose "
+            "no cache here."
+        )
+    if getattr(transformer, "_is_cached", False):
+        raise OptionError(
+            "cache-dit already caches this transformer: call cache_dit.disable_cache(pipe) first, "
+            "or choose no cache here."
+        )

@@ -66,6 +66,8 @@ def sparse_attention(
     check_tokens(query.shape[1], layout.grid, text_length)
     check_backend(backend)
     resolved = resolve_method(method)
+    if not isinstance(resolved, AttentionMethod):
+        raise OptionError(f"{resolved.name!r} is a {resolved.kind}: give an attention method.")
     order = resolved.token_order(layout.grid)
     gather, scatter = None, None
     if not order.is_raster:

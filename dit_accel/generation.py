@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.acceleration import accelerate_pipeline, acceleration_report, restore_pipeline
+from dit_accel.composition import members
 from dit_accel.errors import OptionError, UnknownWordsWarning
 from dit_accel.eval.fidelity import psnr
 from dit_accel.models import world_of
+from dit_accel.registry import method_class
 from dit_accel.report import AccelerationReport
 from dit_accel.world.worlds import unknown_words
 
@@ -192,7 +194,7 @@ def generate_accelerated(
     Args:
         pipe: a pipeline of a known family.
         request: what to generate.
-        method: name of the method.
+        method: name of the method, or several with commas.
         options: keyword arguments for `accelerate_pipeline`.
         compare: whether to generate densely too.
         progress: told of every step.
@@ -208,7 +210,7 @@ def generate_accelerated(
     if compare:
         # Sparse from the first step on, or the warm-up would miss what it is there to compile. It
         # comes first, so that options this pipeline can't take are refused without a long wait.
-        accelerate_pipeline(pipe, method, **{**options, "dense_steps": 0, "dense_layers": 0})
+        accelerate_pipeline(pipe, method, **at_once(method, options))
         _warm_up(pipe, request, f"warming up ({method})", progress)
         restore_pipeline(pipe)
         _warm_up(pipe, request, "warming up (dense)", progress)
@@ -216,6 +218,13 @@ def generate_accelerated(
     accelerate_pipeline(pipe, method, **options)
     accelerated = _generate(pipe, request, f"denoising ({method})", progress)
     return Result(accelerated, acceleration_report(pipe), dense)
+
+
+def at_once(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with which attention is sparse from the first step on."""
+    names = members(method)
+    sparse = any(n == "auto" or method_class(str(n)).kind == "attention" for n in names)
+    return {**options, **({"dense_steps": 0, "dense_layers": 0} if sparse else {})}
 
 
 def _run(

@@ -122,7 +122,7 @@ class TritonOperator(Operator):
                 query,
                 key,
                 value,
-                **_joint(plan, query, key, value, scale),
+                **joint_options(plan, query, key, value, scale),
                 text_first=plan.layout.text_first,
                 return_lse=return_lse,
             )
@@ -332,7 +332,7 @@ class TorchOperator(Operator):
         if isinstance(plan, JointPlan):
             from dit_accel.kernels.joint_gather import gathered_joint_attention
 
-            options = _joint(plan, query, key, value, scale)
+            options = joint_options(plan, query, key, value, scale)
             out, lse = gathered_joint_attention(q, k, v, **options, return_lse=return_lse)
         else:
             from dit_accel.kernels.gather import gathered_attention
@@ -416,7 +416,7 @@ def _exact(plan: SparsePlan) -> BlockSparsePlan:
     return plan
 
 
-def _joint(
+def joint_options(
     plan: JointPlan, query: Tensor, key: Tensor, value: Tensor, scale: float | None
 ) -> dict[str, Any]:
     """The arguments that the joint kernels have in common."""

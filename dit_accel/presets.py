@@ -6,8 +6,10 @@ defaults and `DEFAULT` apply, so neither a new method nor a new family has to co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
 
@@ -23,10 +25,24 @@ class Preset:
     min_tokens: int = 2048
 
 
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _caching_tables() -> Iterator[tuple[tuple[str, str], Preset]]:
+    """Yield what was published for caches; too long to be written here."""
+    text = (files("dit_accel") / "caching/data/published.json").read_text(encoding="utf-8")
+    for variant, methods in json.loads(text).items():
+        for method, row in methods.items():
+            options = {name: _tuples(value) for name, value in row["options"].items()}
+            yield (variant, method), Preset(row["source"], options)
+
+
 DEFAULT = Preset("no published setting; dense for the first quarter, as most papers do")
 
 PRESETS: Mapping[tuple[str, str], Preset] = MappingProxyType(
     {
+        **dict(_caching_tables()),
         ("wan", "radial"): Preset(
             "Radial Attention, released Wan2.1-14B script: 12 of 50 steps, 1 layer, decay 0.2",
             {"decay": 0.2, "sink": True},

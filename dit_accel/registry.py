@@ -1,6 +1,6 @@
-"""Finds methods and model families: by scanning two folders, and by entry points of other packages.
+"""Finds methods and model families: by scanning folders, and by entry points of other packages.
 
-A third party registers a class under the entry point groups ``dit_accel.methods`` or
+A third party registers a class under the entry point group of its kind (`kinds.KINDS`), or under
 ``dit_accel.families``; nothing here has to change.
 """
 
@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import lru_cache
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dit_accel.errors import OptionError, UnknownMethodError, UnknownPipelineError, did_you_mean
-from dit_accel.methods.base import AttentionMethod
+from dit_accel.kinds import KINDS, Method
 
 if TYPE_CHECKING:
     from dit_accel.pipelines.base import PipelineFamily
@@ -25,9 +26,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def list_methods() -> list[str]:
-    """Return the names of all methods, sorted."""
-    return sorted(_methods())
+def list_methods(kind: str | None = None) -> list[str]:
+    """Return the names of all methods, or of those of one kind, sorted.
+
+    Args:
+        kind: "attention", "cache", "guidance", "resolution", or None for all.
+
+    Raises:
+        OptionError: if there is no such kind.
+    """
+    if kind is not None and kind not in KINDS:
+        raise OptionError(f"unknown kind of method {kind!r}.{did_you_mean(kind, KINDS)}")
+    return sorted(name for name, cls in _methods().items() if kind in (None, cls.kind))
 
 
 def list_families() -> list[str]:
@@ -35,8 +45,8 @@ def list_families() -> list[str]:
     return sorted(_families())
 
 
-def method_class(name: str) -> type[AttentionMethod]:
-    """Return the config class of the method called ``name``.
+def method_class(name: str) -> type[Method]:
+    """Return the config class of the method called ``name``, whatever its kind.
 
     Raises:
         UnknownMethodError: if there is none; the message names the nearest.
@@ -59,7 +69,12 @@ def family_class(name: str) -> type[PipelineFamily]:
     return found
 
 
-def resolve_method(method: str | AttentionMethod, **options: Any) -> AttentionMethod:
+def option_names(cls: type[Method]) -> list[str]:
+    """Return the names of a method's options."""
+    return [f.name for f in fields(cls) if f.init]
+
+
+def resolve_method(method: str | Method, **options: Any) -> Method:
     """Return ``method`` itself, or make the method of that name from ``options``.
 
     Raises:
@@ -67,7 +82,7 @@ def resolve_method(method: str | AttentionMethod, **options: Any) -> AttentionMe
         OptionError: if an option is unknown or has an impossible value, or if options are given
             beside a method object.
     """
-    if isinstance(method, AttentionMethod):
+    if isinstance(method, Method):
         if options:
             raise OptionError(
                 f"options {sorted(options)} given beside a {type(method).__name__} object: "
@@ -77,7 +92,7 @@ def resolve_method(method: str | AttentionMethod, **options: Any) -> AttentionMe
     if not isinstance(method, str):
         raise OptionError(f"method={method!r}: give a name or a method object.")
     cls = method_class(method)
-    valid = [f.name for f in fields(cls) if f.init]
+    valid = option_names(cls)
     for name in options:
         if name not in valid:
             raise OptionError(
@@ -90,23 +105,27 @@ def resolve_method(method: str | AttentionMethod, **options: Any) -> AttentionMe
 
 
 @lru_cache(maxsize=1)
-def _methods() -> Mapping[str, type[AttentionMethod]]:
-    import dit_accel.methods as package
-
-    return _discover(package, AttentionMethod, "dit_accel.methods")  # type: ignore[type-abstract]
+def _methods() -> Mapping[str, type[Method]]:
+    found: dict[str, type[Method]] = {}
+    for group in KINDS.values():
+        found |= _discover(group, Method, group)
+    return MappingProxyType(found)
 
 
 @lru_cache(maxsize=1)
 def _families() -> Mapping[str, type[PipelineFamily]]:
-    import dit_accel.pipelines as package
     from dit_accel.pipelines.base import PipelineFamily
 
-    return _discover(package, PipelineFamily, "dit_accel.families")  # type: ignore[type-abstract]
+    families = _discover("dit_accel.pipelines", PipelineFamily, "dit_accel.families")  # type: ignore[type-abstract]
+    return families
 
 
-def _discover(package: Any, base: type[T], group: str) -> Mapping[str, type[T]]:
+def _discover(package: str, base: type[T], group: str) -> Mapping[str, type[T]]:
+    """Return the concrete classes of a package's modules (if it exists) and of an entry point."""
     classes: list[Any] = []
-    for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+    spec = find_spec(package)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    for info in pkgutil.iter_modules(folders, package + "."):
         module = importlib.import_module(info.name)
         classes += [
             value

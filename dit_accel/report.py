@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_accel.kinds import Method
 from dit_accel.plan import BlockSparsePlan, DensePlan, PastJointPlan
+from dit_accel.policy import LEGEND, PolicyRow, policy_text
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 
@@ -45,12 +49,36 @@ class CallRecord:
         return 1.0 if isinstance(self.plan, DensePlan) else self.plan.block_density
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """One run of a transformer under a cache.
+
+    Attributes:
+        step: denoising step from 0, or None outside a pipeline.
+        branch: guidance branch.
+        ran: per block of the stack, whether it ran.
+        why: why the step ran in full; empty if it reused.
+        value: what the cache's gate compared with its threshold, if it did.
+        attention_reused: attention modules whose output was reused inside blocks that ran.
+    """
+
+    step: int | None
+    branch: str
+    ran: tuple[bool, ...]
+    why: str = ""
+    value: float | None = None
+    attention_reused: int = 0
+
+
 @dataclass
 class Recorder:
     """Collects the records of the running generation. One per acceleration."""
 
     generation: int = -1
     calls: list[CallRecord] = field(default_factory=list)
+    steps: list[StepRecord] = field(default_factory=list)
+    cache_bytes: int = 0
+    layer_blocks: tuple[int | None, ...] = ()
     forwards: list[tuple[int | None, Any, Any]] = field(default_factory=list)
     rejected: dict[str, str] = field(default_factory=dict)
     tuning: dict[str, str] = field(default_factory=dict)  # where operators have tile shapes from
@@ -61,6 +89,8 @@ class Recorder:
         if generation != self.generation:
             self.generation = generation
             self.calls.clear()
+            self.steps.clear()
+            self.cache_bytes = 0
             self.forwards.clear()
 
     def note(self, text: str) -> None:
@@ -74,24 +104,38 @@ class AccelerationReport:
     """What `acceleration_report` returns; prints as a table.
 
     Attributes:
-        method: name of the method.
-        options: its options as resolved.
+        methods: the methods, their options as resolved.
         family: model family.
         settings: where schedule, options and tile shapes came from, and the schedule itself.
         calls: one record per attention call of the last generation.
+        steps: with a cache, one record per run of a transformer.
+        cache_bytes: most bytes that the cache held between steps.
+        policy: per run of a transformer, what became of each block.
         forward_s: seconds per denoising step spent in transformers.
         rejected: operators that ``backend="auto"`` passed over, with the reason.
         notes: fallbacks and warnings.
     """
 
-    method: str
-    options: dict[str, Any]
+    methods: tuple[Method, ...]
     family: str
     settings: dict[str, Any]
     calls: tuple[CallRecord, ...]
+    steps: tuple[StepRecord, ...]
+    cache_bytes: int
+    policy: tuple[PolicyRow, ...]
     forward_s: dict[int | None, float]
     rejected: dict[str, str]
     notes: tuple[str, ...]
+
+    @property
+    def method(self) -> str:
+        """The methods' names."""
+        return " + ".join(method.name for method in self.methods)
+
+    @property
+    def options(self) -> dict[str, dict[str, Any]]:
+        """The methods' options as resolved, by name of the method."""
+        return {method.name: asdict(method) for method in self.methods}
 
     @property
     def density(self) -> float | None:
@@ -108,6 +152,17 @@ class AccelerationReport:
         """Mean share of pairs attended over the sparse calls alone; None if there was none."""
         sparse = [call.density for call in self.calls if not call.reason]
         return _mean(sparse) if sparse else None
+
+    @property
+    def block_calls(self) -> int:
+        """Calls of transformer blocks that there would be without the cache."""
+        return sum(len(step.ran) for step in self.steps)
+
+    @property
+    def blocks_skipped(self) -> float | None:
+        """Share of these that a cache left out; None without a cache."""
+        ran = sum(sum(step.ran) for step in self.steps)
+        return 1 - ran / self.block_calls if self.block_calls else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-ready values."""
@@ -145,12 +200,44 @@ class AccelerationReport:
                 }
                 for call in self.calls
             ],
+            "cache": self._cache_dict() if self.steps else None,
+            "policy": {
+                "legend": LEGEND,
+                "rows": [[row.step, row.branch, row.marks] for row in self.policy],
+            },
             "rejected_operators": self.rejected,
             "notes": list(self.notes),
         }
 
-    def __rich__(self) -> Table:
-        """Render for rich."""
+    def _cache_dict(self) -> dict[str, Any]:
+        return {
+            "block_calls": self.block_calls,
+            "block_calls_run": sum(sum(step.ran) for step in self.steps),
+            "blocks_skipped": self.blocks_skipped,
+            "attention_reused": sum(step.attention_reused for step in self.steps),
+            "peak_bytes": self.cache_bytes,
+            "steps": [
+                {
+                    "step": step.step,
+                    "branch": step.branch,
+                    "blocks_run": sum(step.ran),
+                    "full_because": step.why,
+                    "value": step.value if step.value is None or isfinite(step.value) else None,
+                }
+                for step in self.steps
+            ],
+        }
+
+    def tables(self) -> list[Table]:
+        """Return what attention did and what the cache did, as far as they are attached."""
+        tables = []
+        if self.calls or not self.steps:
+            tables.append(self._attention_table())
+        if self.steps:
+            tables.append(self._cache_table())
+        return tables
+
+    def _attention_table(self) -> Table:
         from rich.table import Table
 
         title = f"{self.method} on {self.family}"
@@ -173,6 +260,35 @@ class AccelerationReport:
                 reason,
             )
         return table
+
+    def _cache_table(self) -> Table:
+        from rich.table import Table
+
+        title = f"{self.method} on {self.family}: {self.blocks_skipped:.1%} of blocks skipped"
+        caption = [f"at most {self.cache_bytes / 2**20:.1f} MiB kept between steps"]
+        if not self.calls:
+            caption += self._remarks()
+        table = Table(title=title, caption="\n".join(caption))
+        for column in ("branch", "steps", "blocks run", "attention reused", "why in full"):
+            table.add_column(column)
+        groups: dict[tuple[str, str], list[StepRecord]] = {}
+        for step in self.steps:
+            groups.setdefault((step.branch, step.why), []).append(step)
+        for (branch, why), steps in groups.items():
+            run, total = (sum(f(s.ran) for s in steps) for f in (sum, len))
+            reused = str(sum(step.attention_reused for step in steps))
+            table.add_row(branch, str(len(steps)), f"{run} of {total}", reused, why)
+        return table
+
+    def __rich__(self) -> Group:
+        """Render for rich."""
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[Any] = list(self.tables())
+        if self.steps:
+            parts.append(Text(f"{LEGEND}\n{policy_text(self.policy)}"))
+        return Group(*parts)
 
     def __str__(self) -> str:
         """Render as plain text."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
 from dit_accel.plan import AttentionPlan, BlockSparsePlan, DensePlan, JointPlan, PastJointPlan
 from dit_accel.report import CallRecord, Recorder
 from dit_accel.schedule import Schedule
+from dit_accel.session import AttentionSession, Forward, Seam, Session
 from dit_accel.tracking import CallTracker, Moment
 
 
@@ -35,9 +38,14 @@ class RunningForward:
     mask_explained: bool
     wanted: TokenOrder  # in which the method wants the video tokens
     order: TokenOrder  # in which they are
-    started: Any  # time mark
+    dense_step: bool  # none of its layers is sparse
     transformer: int  # its id
     sample: int = 0  # of the batch, where samples run one by one
+
+    @property
+    def regime(self) -> tuple[TokenOrder, bool]:
+        """See `Forward.regime`."""
+        return self.order, self.dense_step
 
 
 class Runtime:
@@ -47,19 +55,23 @@ class Runtime:
         self,
         pipe: Any,
         family: PipelineFamily,
-        method: AttentionMethod,
+        method: AttentionMethod | None,
         schedule: Schedule,
         backend: str,
         density: float | None,
     ) -> None:
-        self.family, self.method, self.schedule = family, method, schedule
+        self.family, self.schedule = family, schedule
+        self.method = method  # None: attention stays as it is
         self.backend, self.density = backend, density
         self.dense_backend: Any = None  # the diffusers backend that dense calls use
         self.tracker = CallTracker(pipe)
         self.recorder = Recorder()
+        self.seam = Seam(family, self.tracker, self.recorder)
+        self.sessions: Sequence[Session] = ()
         self.shuffle = TokenShuffle()
         self.layer: Tensor | None = None  # 0-d, so that all compiled blocks share one graph
         self._operators = make_operators()
+        self._started: tuple[Moment, Any] | None = None  # of the running forward, and when
         self._running: RunningForward | None = None
         self._methods: dict[TokenLayout, AttentionMethod] = {}
         self._plans: dict[Any, AttentionPlan] = {}
@@ -72,11 +84,41 @@ class Runtime:
         self, transformer: nn.Module, kwargs: dict[str, Any], num_layers: int, parallel: bool
     ) -> dict[str, Any]:
         """Prepare one forward of ``transformer``; return the arguments to run it with."""
-        inputs = self.family.read_inputs(transformer, kwargs)
         moment = self.tracker.advance(kwargs.get("timestep"))
         if moment.generation != self.recorder.generation:
             self._selections.clear()
+            for session in self.sessions:
+                session.begin()
         self.recorder.begin(moment.generation)
+        if self.method is not None:
+            kwargs = self._enter_attention(transformer, kwargs, moment, num_layers, parallel)
+        self.seam.renew(transformer)
+        regime = None if self._running is None else self._running.regime
+        for session in self.sessions:
+            session.enter(Forward(transformer, moment, kwargs, regime))
+        self._started = moment, _mark(kwargs["hidden_states"])
+        return kwargs
+
+    def leave(self, output: Any) -> None:
+        """End the forward, also after an exception (then ``output`` is None)."""
+        self._running = None
+        self.shuffle.gather = self.shuffle.scatter = None
+        started, self._started = self._started, None
+        if started is not None:
+            moment, begun = started
+            self.recorder.forwards.append((moment.step, begun, _mark(begun)))
+            for session in self.sessions:
+                session.leave(output)
+
+    def _enter_attention(
+        self,
+        transformer: nn.Module,
+        kwargs: dict[str, Any],
+        moment: Moment,
+        num_layers: int,
+        parallel: bool,
+    ) -> dict[str, Any]:
+        inputs = self.family.read_inputs(transformer, kwargs)
         layout = inputs.layouts[0]
         if parallel and layout.text_length:
             raise ContextParallelError(
@@ -86,8 +128,11 @@ class Runtime:
             )
         method = self._method_for(layout)
         wanted = method.token_order(layout.grid)
-        order = self._reorder(inputs, wanted, moment, parallel, kwargs["hidden_states"].device)
-        started = _mark(kwargs["hidden_states"])
+        call = AttentionCall(layout, step=moment.step, num_steps=moment.num_steps)
+        dense_step = self.schedule.dense_step_reason(call) is not None
+        order = RASTER
+        if not dense_step:
+            order = self._reorder(inputs, wanted, parallel, kwargs["hidden_states"].device)
         self._running = RunningForward(
             inputs.layouts,
             method,
@@ -96,32 +141,20 @@ class Runtime:
             inputs.mask_explained,
             wanted,
             order,
-            started,
+            dense_step,
             id(transformer),
         )
         return inputs.kwargs
-
-    def leave(self) -> None:
-        """End the forward, also after an exception."""
-        running, self._running = self._running, None
-        self.shuffle.gather = self.shuffle.scatter = None
-        if running is not None:
-            end = _mark(running.started)
-            self.recorder.forwards.append((running.moment.step, running.started, end))
 
     def _reorder(
         self,
         inputs: ForwardInputs,
         wanted: TokenOrder,
-        moment: Moment,
         parallel: bool,
         device: torch.device,
     ) -> TokenOrder:
         """Put this forward's tokens into the wanted order if possible; return their order."""
         layout = inputs.layouts[0]
-        call = AttentionCall(layout, step=moment.step, num_steps=moment.num_steps)
-        if self.schedule.dense_step_reason(call):
-            return RASTER
         if wanted.is_raster and not inputs.tail_first:
             return RASTER
         reason = "context parallelism is on" if parallel else inputs.keep_order
@@ -177,10 +210,13 @@ class Runtime:
 
     def _method_for(self, layout: TokenLayout) -> AttentionMethod:
         """Return the method with its options set for the requested density on ``layout``."""
-        if self.density is None or self.density == 1:
-            return self.method
         if layout not in self._methods:
-            self._methods[layout] = self.method.at_density(self.density, layout)
+            method, density = self.method, self.density
+            if method is None:
+                raise RuntimeError("asked for an attention method where none is attached")
+            if density is not None and density < 1:
+                method = method.at_density(density, layout)
+            self._methods[layout] = method
         return self._methods[layout]
 
     def _sample(
@@ -230,7 +266,12 @@ class Runtime:
         if tuning is not None and isinstance(plan, BlockSparsePlan):
             self.recorder.tuning[choice.operator.name] = tuning.source
         self._record(call, plan, choice.operator.name)
-        return choice.operator.run(query, key, value, plan, scale, return_lse=False)[0]
+        run = partial(choice.operator.run, scale=scale)
+        for session in self.sessions:
+            if isinstance(session, AttentionSession):
+                with_lse = partial(run, return_lse=True)
+                return session.attend((query, key, value), call, running.sample, plan, with_lse)
+        return run(query, key, value, plan, return_lse=False)[0]
 
     def _plan(
         self,
@@ -243,6 +284,9 @@ class Runtime:
         method, order = running.method, running.wanted
         if self.density == 1:
             return DensePlan("density=1", order)
+        if not isinstance(method, StaticMethod):
+            # Some layers see the video alone, and samples have texts of different lengths.
+            method = self._method_for(call.layout)
         if isinstance(method, SelectingMethod) and method.refresh_every > 1:
             return self._reused_plan(query, key, value, call, method, running)
         if not isinstance(method, StaticMethod):

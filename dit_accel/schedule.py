@@ -51,7 +51,7 @@ class Schedule:
         if len(pair) != 2:
             raise OptionError(f"dense_steps={dense_steps!r}: give a number or (first, last).")
         for value in pair:
-            _check_steps(value)
+            check_steps("dense_steps", value)
         if isinstance(dense_layers, bool | float):
             raise OptionError(f"dense_layers={dense_layers!r}: give a number or a list of layers.")
         layers = range(dense_layers) if isinstance(dense_layers, int) else dense_layers
@@ -73,22 +73,24 @@ class Schedule:
             return f"{call.layout.video_length} video tokens, fewer than min_tokens"
         if call.step is None or call.num_steps is None:
             return None
-        if call.step < _count(self.first_steps, call.num_steps):
+        if call.step < count_steps(self.first_steps, call.num_steps):
             return "one of the dense first steps"
-        if call.step >= call.num_steps - _count(self.last_steps, call.num_steps):
+        if call.step >= call.num_steps - count_steps(self.last_steps, call.num_steps):
             return "one of the dense last steps"
         return None
 
 
-def _check_steps(value: Steps) -> None:
+def check_steps(name: str, value: Steps) -> None:
+    """Raise `OptionError` unless ``value`` is a number of steps or a share of them."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or value < 0 or (isinstance(value, float) and value > 1):
         raise OptionError(
-            f"dense_steps={value!r}: give a number of steps (int) or a share in [0, 1] (float)."
+            f"{name}={value!r}: give a number of steps (int) or a share in [0, 1] (float)."
         )
 
 
-def _count(steps: Steps, num_steps: int) -> int:
+def count_steps(steps: Steps, num_steps: int) -> int:
+    """Return a number of steps, shares rounded up."""
     if isinstance(steps, int):
         return steps
     return math.ceil(steps * num_steps - 1e-9)

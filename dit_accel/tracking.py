@@ -26,12 +26,14 @@ class Moment:
         num_steps: number of steps that run; None if unknown.
         branch: "cond", "uncond", "cond_uncond" or the pipeline's own name.
         generation: counts generations from 0.
+        times: the scheduler's timesteps that run, one per step; empty if unknown.
     """
 
     step: int | None
     num_steps: int | None
     branch: str
     generation: int
+    times: tuple[float, ...] = ()
 
 
 class CallTracker:
@@ -42,10 +44,28 @@ class CallTracker:
         self._named_branch: str | None = None
         self._named_step: int | None = None
         self._timesteps: Tensor | None = None
+        self._times: tuple[float, ...] = ()
         self._first_index = 0
         self._last_index = -1
         self._calls_in_step = 0
         self._generation = 0
+        self._held: Moment | None = None
+        self.latest: Moment | None = None
+        """What `advance` last answered."""
+
+    @contextmanager
+    def hold(self, moment: Moment) -> Iterator[None]:
+        """Make `advance` answer ``moment`` meanwhile.
+
+        For whoever runs a transformer more or less often than the pipeline asks for: call
+        `advance` once per call of the pipeline, and hold its answer, or one with another branch
+        such as "perturbed", around each run.
+        """
+        before, self._held = self._held, moment
+        try:
+            yield
+        finally:
+            self._held = before
 
     def watch(self, transformer: nn.Module) -> Callable[[], None]:
         """Listen to the names that pipelines give their calls; return how to stop."""
@@ -71,6 +91,10 @@ class CallTracker:
         Args:
             timestep: the transformer's ``timestep`` argument.
         """
+        self.latest = self._held if self._held is not None else self._advance(timestep)
+        return self.latest
+
+    def _advance(self, timestep: Tensor | None) -> Moment:
         timesteps: Any = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         index = self._index(timestep, timesteps)
         if index is None or timesteps is None:
@@ -80,6 +104,7 @@ class CallTracker:
             # Image-to-image generations begin in the middle of the schedule.
             self._generation += self._timesteps is not None
             self._timesteps, self._first_index, self._last_index = timesteps, index, -1
+            self._times = tuple(timesteps.tolist())[index:]
         self._calls_in_step = self._calls_in_step + 1 if index == self._last_index else 0
         self._last_index = index
         return Moment(
@@ -87,6 +112,7 @@ class CallTracker:
             len(timesteps) - self._first_index,
             self._branch(),
             self._generation,
+            self._times,
         )
 
     def _index(self, timestep: Tensor | None, timesteps: Tensor | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import platform
 import statistics
 import subprocess
@@ -11,12 +12,14 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dit_accel.environment import environment
 from dit_accel.errors import DitAccelError
+from dit_accel.files import write_text
 
 Row = dict[str, Any]
 SEED = 0
@@ -125,6 +128,12 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def write_json(result: Mapping[str, Any], output: Path | None) -> None:
+    """Write ``result``, if there is somewhere to."""
+    if output is not None:
+        write_text(output, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def _first_line(*command: str) -> str:

@@ -50,12 +50,13 @@ class PipelineBench:
             self._dense[model], row = self._timed(pipe, request)
             return row
         try:
+            names = method.split("+")
             settings: Row = {"density": task["density"]}
-            settings |= block_options(method, task["block_size"])
+            settings |= block_options(names[0], task["block_size"])
             every = {**settings, "dense_steps": 0, "dense_layers": 0}
-            reached = accelerate_at(pipe, method, lambda: _one_step(pipe, request), **every)
+            reached = accelerate_at(pipe, names, lambda: _one_step(pipe, request), **every)
             settings["density"] = reached.get("reaches", settings["density"])
-            accelerate_pipeline(pipe, method, **settings)
+            accelerate_pipeline(pipe, names, **settings)
             generated, row = self._timed(pipe, request)
             report = acceleration_report(pipe)
         finally:
@@ -123,7 +124,7 @@ def pipeline_tasks(
 
     Args:
         models: what `locate_model` takes.
-        methods: names of methods.
+        methods: names of methods; joined by "+" they go together, the attention method first.
         densities: shares of pairs to ask for; None for a method's published options.
         block_size: tokens per block for small models; None for the methods' own.
     """

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.bench.isolated import Bench, Direct, Isolated
-from dit_accel.bench.measuring import Row, now
+from dit_accel.bench.measuring import Row, now, write_json
 from dit_accel.errors import OptionError
-from dit_accel.files import write_text
 
 SAME = ("gpu", "torch", "triton", "cudnn", "dense_backend", "seed")
 """Fields of a manifest in which a run must agree with the one it goes on with."""
@@ -61,8 +60,7 @@ class ResultFile:
 
     def write(self) -> None:
         """Write the file, if there is one."""
-        if self.output is not None:
-            write_text(self.output, json.dumps(self.content, indent=1, allow_nan=False) + "\n")
+        write_json(self.content, self.output)
 
     def _read(self, output: Path) -> Row:
         mine = self.content

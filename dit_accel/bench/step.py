@@ -114,7 +114,7 @@ def _accelerate(pipe: Any, inputs: Mapping[str, Any], task: Mapping[str, Any]) -
         "operators": sorted({call.operator for call in report.calls}),
         "rejected_operators": report.rejected,
         "why_dense": sorted({call.reason for call in report.calls if call.reason}),
-        "options": report.options,
+        "options": report.options[task["attention"]],
         "tuning": report.settings["tuning"],
     }
     return row

@@ -98,7 +98,8 @@ def step_rows(rows: Sequence[Row]) -> Iterator[tuple[str, Entries]]:
             continue
         what = row["attention"] + ("" if row["density"] is None else f"-{row['density']:g}")
         what += "-compiled" if row["compiled"] else ""
-        copied = ("forward_s", "block_density", "vs_eager", "vs_compiled", "amdahl", "peak_gib")
+        copied = ("forward_s", "attended_density", "block_density", "vs_eager", "vs_compiled",
+                  "amdahl", "peak_gib")  # fmt: skip
         entries = {name: row[name] for name in copied if row.get(name) is not None}
         for part, spent in row.get("breakdown_ms", {}).items():
             if part != "total":

@@ -142,11 +142,12 @@ def step(
         architecture = load_architecture(name)
         for one in sizes:
             architecture.at(one).with_layers(layers)
+    attention = list_methods("attention")
     modes = _known("--mode", _names(mode), ("eager", "compiled"))
     tasks = step_tasks(
         models=models,
         sizes=sizes or None,
-        methods=_known("--method", _names(method) or list_methods(), list_methods()),
+        methods=_known("--method", _names(method) or attention, attention),
         densities=_shares(density) if density else [None],
         modes=[name == "compiled" for name in modes],
         layers=layers,
@@ -183,7 +184,10 @@ def pipeline(
     commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
-    """Whole generations, densely and by each method, with the PSNR between the two."""
+    """Whole generations, densely and by each method, with the PSNR between the two.
+
+    Names joined by + go together, such as radial+first_block_cache.
+    """
     from dit_accel.bench.pipeline import PipelineBench, pipeline_tasks
     from dit_accel.environment import environment
     from dit_accel.models import list_models, locate_model
@@ -195,9 +199,12 @@ def pipeline(
     for name in models:
         locate_model(name)
     pick_dtype(dtype)
+    methods = _names(method) or list_methods("attention")
+    for name in methods:
+        _known("--method", name.split("+"), list_methods())
     tasks = pipeline_tasks(
         models=models,
-        methods=_known("--method", _names(method) or list_methods(), list_methods()),
+        methods=methods,
         densities=_shares(density) if density else [None],
         block_size=block_size,
     )

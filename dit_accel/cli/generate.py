@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from dit_accel.generation import GenerationRequest, Result
 
 
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="See `dit-accel methods`; several of different kinds as a,b. [default: radial]",
+        show_default=False,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Outputs:
     """The files that one command writes: OUTPUT and others beside it."""
@@ -46,7 +55,7 @@ def generate(
     model: Annotated[
         str, typer.Option(help="A bundled model, a folder, or a hub id (org/name).")
     ] = "tiny-wan",
-    method: Annotated[str, typer.Option(help="See `dit-accel methods`.")] = "radial",
+    method: Methods = None,
     options: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,7 +90,8 @@ def generate(
     from dit_accel.models import generation_defaults, load_pipeline, pipeline_outline
 
     quieten_libraries()
-    chosen = parse_options(method, options or [])
+    methods = ",".join(method or ["radial"])
+    chosen = parse_options(methods, options or [])
     outputs = Outputs(output)
     check_outputs(outputs.all(compare), force=force)
     defaults = generation_defaults(model)
@@ -106,7 +116,7 @@ def generate(
         pipe = load_pipeline(model, device=place, dtype=precision)
         progress(f"loading {model}", 1, 1)
         result = generate_accelerated(
-            pipe, request, method, chosen, compare=compare, progress=progress
+            pipe, request, methods, chosen, compare=compare, progress=progress
         )
         progress("writing", 0, 1)
         report = _write(outputs, result, defaults.fps, model, request, place)

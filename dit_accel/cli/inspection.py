@@ -17,7 +17,8 @@ from dit_accel.errors import OptionError
 if TYPE_CHECKING:
     from dit_accel.call import TokenLayout
     from dit_accel.grid import Grid
-    from dit_accel.methods.base import AttentionMethod, StaticMethod
+    from dit_accel.kinds import Method
+    from dit_accel.methods.base import StaticMethod
 
 Settings = Annotated[
     list[str] | None,
@@ -26,20 +27,31 @@ Settings = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def methods(as_json: AsJson = False) -> None:
-    """List the methods with their options, as given to `generate --set`."""
+def methods(
+    kind: Annotated[
+        str | None, typer.Option(help="Only attention, cache, guidance or resolution.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods with their options, as given to `generate --set`.
+
+    One of each kind can be used together: `generate --method radial,first_block_cache`.
+    """
     from dit_accel.registry import list_methods, method_class
 
-    rows = [_method_row(method_class(name)) for name in list_methods()]
+    rows = [_method_row(method_class(name)) for name in list_methods(kind)]
     if as_json:
         print_json(rows)
         return
     caption = "static: the pattern follows from the token grid alone; `show-mask` draws it"
-    table = Table("method", "options (type = default)", "static", "paper", caption=caption)
+    table = Table(caption=caption)
+    table.add_column("method", no_wrap=True)
+    for column in ("kind", "options (type = default)", "paper"):
+        table.add_column(column)
     for row in rows:
         options = [f"{o['name']}: {o['type']} = {o['default']}" for o in row["options"]]
-        static = "yes" if row["static"] else "no"
-        table.add_row(row["name"], "\n".join(options), static, row["paper"], end_section=True)
+        kind = f"{row['kind']}, static" if row["static"] else row["kind"]
+        table.add_row(row["name"], kind, "\n".join(options), row["paper"], end_section=True)
     Console().print(table)
 
 
@@ -168,13 +180,14 @@ def _static_method(method: str, settings: dict[str, Any], layout: TokenLayout) -
     return resolved if density is None else resolved.at_density(density, layout)
 
 
-def _method_row(cls: type[AttentionMethod]) -> dict[str, Any]:
+def _method_row(cls: type[Method]) -> dict[str, Any]:
     from dit_accel.methods.base import StaticMethod
 
     hints = method_hints(cls.name)
     return {
         "name": cls.name,
-        "summary": (cls.__doc__ or "").strip().splitlines()[0],
+        "kind": cls.kind,
+        "summary": cls.summary(),
         "paper": cls.paper,
         "static": issubclass(cls, StaticMethod),
         "options": [

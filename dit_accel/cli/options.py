@@ -1,4 +1,4 @@
-"""``--set name=value``, typed by the method's dataclass and `accelerate_pipeline`'s signature."""
+"""``--set name=value``, typed by the methods' dataclasses and `accelerate_pipeline`'s signature."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 GENERAL = ("density", "dense_steps", "dense_layers", "min_tokens", "backend")
-"""Options of `accelerate_pipeline` that go with every method."""
+"""Options of `accelerate_pipeline` that go with every attention method."""
 
 
 def parse_options(
@@ -23,14 +23,22 @@ def parse_options(
     """Return keyword arguments for `accelerate_pipeline` from texts such as ``density=0.3``.
 
     Everything that can be checked without a pipeline is checked. ``general`` are the options
-    allowed beside the method's own.
+    allowed beside the methods' own.
+
+    Args:
+        method: a name, or several with commas.
+        assignments: texts; ``name.option=value`` is for one method alone.
+        general: options allowed beside the methods' own.
 
     Raises:
         UnknownMethodError: if there is no such method.
         OptionError: on an unknown option, or a value that it can't have.
     """
-    own = method_hints(method)
-    valid = {**_general_hints(general), **own}
+    own = {name: method_hints(name) for name in names_of(method)}
+    valid = _general_hints(general)
+    for hints in own.values():
+        valid |= hints
+    valid |= {f"{name}.{option}": own[name][option] for name in own for option in own[name]}
     values: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
@@ -42,13 +50,25 @@ def parse_options(
                 f"method {method!r} has no option {name!r}.{did_you_mean(name, valid)}"
             )
         try:
-            values[name] = parse_value(text.strip(), valid[name])
+            value = parse_value(text.strip(), valid[name])
         except ValueError:
             raise OptionError(
                 f"--set {assignment!r}: {text!r} is not {describe(valid[name])}."
             ) from None
-    _check(method, values, own)
+        owner, dot, option = name.partition(".")
+        if dot:
+            values.setdefault(owner, {})[option] = value
+        else:
+            values[name] = value
+    _check(method, values)
     return values
+
+
+def names_of(method: str) -> list[str]:
+    """Return the names in ``a,b``."""
+    from dit_accel.composition import members
+
+    return [str(name) for name in members(method)]
 
 
 def pick_dtype(name: str) -> torch.dtype | None:
@@ -161,11 +181,11 @@ def _general_hints(names: Sequence[str]) -> dict[str, Any]:
     return {name: hints[name] for name in names}
 
 
-def _check(method: str, values: dict[str, Any], own: dict[str, Any]) -> None:
+def _check(method: str, values: dict[str, Any]) -> None:
     """Refuse impossible values before a model is loaded."""
+    from dit_accel.composition import check_general, compose
     from dit_accel.methods.base import check_density
     from dit_accel.operators import check_backend
-    from dit_accel.registry import method_class, resolve_method
     from dit_accel.schedule import Schedule
 
     check_backend(values.get("backend", "auto"))
@@ -173,12 +193,20 @@ def _check(method: str, values: dict[str, Any], own: dict[str, Any]) -> None:
         check_density(values["density"])
     schedule = (values.get(name) for name in ("dense_steps", "dense_layers", "min_tokens"))
     Schedule.make(*(0 if value is None else value for value in schedule))
-    if method != "auto":
-        given = {name: value for name, value in values.items() if name in own}
-        required = {
-            f.name
-            for f in fields(method_class(method))
-            if f.init and f.default is MISSING and f.default_factory is MISSING
-        }
-        if required <= given.keys():  # the rest may come from the family's published settings
-            resolve_method(method, **given)
+    names = [name for name in names_of(method) if name != "auto"]
+    given = {name: value for name, value in values.items() if name not in GENERAL}
+    if "auto" not in names_of(method):
+        check_general(names, {name: value for name, value in values.items() if name in GENERAL})
+    # What an option without a default will be may only be known with the model's family.
+    if names and not any(_required(name) - given.keys() for name in names):
+        compose(names, given)
+
+
+def _required(method: str) -> set[str]:
+    from dit_accel.registry import method_class
+
+    return {
+        f.name
+        for f in fields(method_class(method))
+        if f.init and f.default is MISSING and f.default_factory is MISSING
+    }

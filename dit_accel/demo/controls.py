@@ -1,14 +1,17 @@
-"""The controls on the left of the page; a method's own are made from its dataclass."""
+"""The controls on the left of the page; those of methods are made from their dataclasses."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Literal, get_args, get_origin
 
 import gradio as gr
 
-from dit_accel.cli.options import GENERAL, describe, method_hints
+from dit_accel.cli.options import GENERAL, describe, method_hints, names_of
 from dit_accel.errors import DitAccelError
+from dit_accel.kinds import KINDS
 from dit_accel.models import generation_defaults, list_models
 from dit_accel.registry import list_methods, method_class
 
@@ -34,7 +37,7 @@ Controls = dict[str, Any]
 
 def request_controls() -> Controls:
     """Return the controls for what to generate, with the first bundled model's settings."""
-    models, methods = list_models(), list_methods()
+    models = list_models()
     model = models[0] if models else None
     values = recommended(model) if model else [None] * len(SETTINGS)
     controls: Controls = {
@@ -46,7 +49,7 @@ def request_controls() -> Controls:
             allow_custom_value=True,
         ),
         "prompt": gr.Textbox(PROMPT, label="Prompt", lines=2),
-        "method": gr.Dropdown(methods, value="radial", label="Method"),
+        **{kind: _method_control(kind) for kind in KINDS if list_methods(kind)},
     }
     with gr.Group():
         controls["set_density"] = gr.Checkbox(
@@ -69,20 +72,41 @@ def request_controls() -> Controls:
     return controls
 
 
-def option_controls(method: str) -> Controls:
-    """Return a control for each option of ``method``, and for those that go with every method."""
-    cls = method_class(method)
-    gr.Markdown(f"**{method}**: {cls.paper or (cls.__doc__ or '').splitlines()[0]}")
-    hints = method_hints(method)
-    boxes = {
-        option.name: _option_control(option.name, hints[option.name], option.default)
-        for option in fields(cls)
-        if option.init and option.name not in GENERAL  # the density has a slider of its own
-    }
-    for name in GENERAL:
-        if name != "density":
-            boxes[name] = gr.Textbox("", label=name, info=HELP.get(name), placeholder=PUBLISHED)
+def chosen_methods(given: Mapping[str, Any]) -> str:
+    """Return the names of the methods that the controls' values choose, with commas."""
+    return ",".join(given[kind] for kind in KINDS if given.get(kind))
+
+
+def option_controls(methods: str) -> Controls:
+    """Return a control for each option of the methods, and for those of every attention method.
+
+    They are named as `accelerate_pipeline` takes them: an option that two methods have is
+    "method.option".
+    """
+    boxes: Controls = {}
+    names = names_of(methods)
+    owners = Counter(option for method in names for option in method_hints(method))
+    for method in names:
+        cls = method_class(method)
+        gr.Markdown(f"**{method}**: {cls.paper or cls.summary()}")
+        hints = method_hints(method)
+        for option in fields(cls):
+            if option.init and option.name not in GENERAL:  # the density has a slider of its own
+                name = option.name if owners[option.name] == 1 else f"{method}.{option.name}"
+                boxes[name] = _option_control(name, hints[option.name], option.default)
+        if cls.kind == "attention":
+            for name in GENERAL:
+                if name != "density":
+                    info = HELP.get(name)
+                    boxes[name] = gr.Textbox("", label=name, info=info, placeholder=PUBLISHED)
     return boxes
+
+
+def _method_control(kind: str) -> Any:
+    names, label = list_methods(kind), "Method" if kind == "attention" else kind.capitalize()
+    if kind == "attention":
+        return gr.Dropdown(names, value="radial", label=label)
+    return gr.Dropdown([("none", ""), *names], value="", label=label)
 
 
 def _option_control(name: str, hint: Any, default: Any) -> Any:

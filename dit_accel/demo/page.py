@@ -1,6 +1,6 @@
 """The page itself: controls on the left, what came of them on the right.
 
-The controls of a method are made from its dataclass, so that a new method appears by itself.
+The controls of methods are made from their dataclasses, so that a new one appears by itself.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dit_accel.demo.controls import (
     PUBLISHED,
     SETTINGS,
     Controls,
+    chosen_methods,
     option_controls,
     recommended,
     request_controls,
@@ -21,6 +22,8 @@ from dit_accel.demo.runner import Outcome, Runner
 from dit_accel.errors import DitAccelError
 from dit_accel.files import VIDEO_SUFFIX
 from dit_accel.generation import GenerationRequest, Result
+from dit_accel.kinds import KINDS
+from dit_accel.policy import LEGEND, policy_text
 
 INTRO = """# dit-accel
 Sparse attention makes video generation faster, at some cost in fidelity. See how much of each."""
@@ -39,12 +42,14 @@ def build_page(runner: Runner | None = None) -> gr.Blocks:
         with left:
             controls = request_controls()
             button = gr.Button("Generate", variant="primary")
-            with gr.Accordion("Options of the method, schedule and backend", open=False):
+            with gr.Accordion("Options of the methods, schedule and backend", open=False):
                 gr.Markdown(f"What is left empty is {PUBLISHED} for the model.")
 
-                @gr.render(inputs=controls["method"])
-                def options(method: str) -> None:
-                    own = option_controls(method)
+                kinds = [kind for kind in KINDS if kind in controls]
+
+                @gr.render(inputs=[controls[kind] for kind in kinds])
+                def options(*methods: str) -> None:
+                    own = option_controls(chosen_methods(dict(zip(kinds, methods, strict=True))))
 
                     # gradio finds the default and passes the progress bar of this request.
                     def press(
@@ -84,7 +89,7 @@ def generate(
     Args:
         runner: who does it.
         given: values of all controls by name.
-        options: which of them are the method's options and those of every method.
+        options: which of them are options of the methods.
         progress: a ``gr.Progress``.
 
     Raises:
@@ -106,7 +111,7 @@ def generate(
         )
         return runner.run(
             given["model"] or "",
-            given["method"],
+            chosen_methods(given),
             assignments,
             request,
             compare=given["compare"],
@@ -129,7 +134,7 @@ def present(outcome: Outcome) -> dict[str, Any]:
         for kind, visible in (("video", video), ("image", not video)):
             value = path if visible else None
             shown[f"{name}_{kind}"] = gr.update(value=value, label=label, visible=visible)
-    table = report.__rich__()
+    table = report.tables()[0]
     rows = [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
     shown["figures"] = figures(result)
     headers = [str(column.header) for column in table.columns]
@@ -137,6 +142,8 @@ def present(outcome: Outcome) -> dict[str, Any]:
         value={"headers": headers, "data": rows}, label=str(table.title), visible=True
     )
     shown["remarks"] = str(table.caption or "")
+    if report.steps:
+        shown["remarks"] += f"\n\n{LEGEND}\n\n```\n{policy_text(report.policy)}\n```"
     shown["mask"] = gr.update(value=outcome.mask, visible=outcome.mask is not None)
     shown["code"] = outcome.code
     return shown
@@ -145,7 +152,12 @@ def present(outcome: Outcome) -> dict[str, Any]:
 def figures(result: Result) -> str:
     """Return the measured figures as Markdown."""
     report, runs = result.report, {result.report.method: result.accelerated}
-    head = f"density {report.block_density:.3f}"
+    done = []
+    if report.block_density is not None:
+        done.append(f"density {report.block_density:.3f}")
+    if report.blocks_skipped is not None:
+        done.append(f"{report.blocks_skipped:.1%} of blocks skipped")
+    head = " · ".join(done)
     speedups = ""
     if result.dense is not None:
         runs = {"dense": result.dense, **runs}
@@ -154,10 +166,12 @@ def figures(result: Result) -> str:
         speedups = f"|speed-up|{result.speedup:.2f}x|{result.denoise_speedup:.2f}x|"
     rows = [f"|{name}|{run.total_s:.2f} s|{run.denoise_s:.2f} s|" for name, run in runs.items()]
     table = "\n".join(["||in all|denoising|", "|:--|--:|--:|", *rows, speedups])
-    notes = (
-        f"Times: {result.timing}. Over all calls, dense ones included, {report.block_density:.1%} "
-        f"of the pairs of tokens were computed and {report.density:.1%} attended."
-    )
+    notes = f"Times: {result.timing}."
+    if report.block_density is not None:
+        notes += (
+            f" Over all calls, dense ones included, {report.block_density:.1%} of the pairs of "
+            f"tokens were computed and {report.density:.1%} attended."
+        )
     return f"### {head}\n\n{table}\n\n{notes}"
 
 

@@ -23,7 +23,6 @@ from dit_accel.masks_png import save_mask_picture
 from dit_accel.methods.base import StaticMethod
 from dit_accel.models import generation_defaults, load_pipeline
 from dit_accel.plan import BlockSparsePlan
-from dit_accel.registry import resolve_method
 from dit_accel.report import AccelerationReport
 
 
@@ -72,8 +71,8 @@ class Runner:
 
         Args:
             model: a bundled model, a folder or a hub id.
-            method: name of the method.
-            assignments: its options and those of `accelerate_pipeline`, as ``name=value``.
+            method: name of the method, or several with commas.
+            assignments: their options and those of `accelerate_pipeline`, as ``name=value``.
             request: what to generate; settings left out are the ones that the model recommends.
             compare: whether to generate it densely too.
             progress: told of every step.
@@ -93,7 +92,7 @@ class Runner:
         )
         folder = Path(tempfile.mkdtemp(dir=self._folder.name))
         suffix = VIDEO_SUFFIX if makes_video(type(pipe)) else IMAGE_SUFFIX
-        accelerated, dense = folder / f"{method}{suffix}", None
+        accelerated, dense = folder / f"{method.replace(',', '-')}{suffix}", None
         write_frames(accelerated, result.accelerated.frames, defaults.fps)
         if result.dense is not None:
             dense = folder / f"dense{suffix}"
@@ -116,8 +115,8 @@ def draw_mask(report: AccelerationReport, path: Path) -> Path | None:
     """Draw the pattern of the first sparse call in a report, if there is one and it is static."""
     plans = (call.plan for call in report.calls)
     plan = next((plan for plan in plans if isinstance(plan, BlockSparsePlan)), None)
-    method = resolve_method(report.method, **report.options)
-    if plan is None or not isinstance(method, StaticMethod):
+    method = next((m for m in report.methods if isinstance(m, StaticMethod)), None)
+    if plan is None or method is None:
         return None
     density = report.settings["density"]
     if density is not None:

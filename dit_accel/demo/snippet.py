@@ -22,7 +22,7 @@ def snippet(
     Args:
         pipe: the pipeline that served the request.
         model: what it was loaded from.
-        method: name of the method.
+        method: name of the method, or several with commas.
         options: keyword arguments for `accelerate_pipeline`.
         request: what was generated, with every setting that was used.
         fps: frames per second of a video.
@@ -33,11 +33,12 @@ def snippet(
     loaded = f"{name}.from_pretrained({folder}, torch_dtype={dtype})"
     arguments = [f"{key}={value!r}" for key, value in pipeline_arguments(pipe, request).items()]
     arguments.append(f"generator=torch.Generator().manual_seed({request.seed})")
+    file = method.replace(",", "-")
     chosen = "".join(f", {key}={value!r}" for key, value in options.items())
     if makes_video(type(pipe)):
-        output, save = "frames[0]", f'export_to_video(output, "{method}.mp4", fps={fps})'
+        output, save = "frames[0]", f'export_to_video(output, "{file}.mp4", fps={fps})'
     else:
-        output, save = "images[0]", f'output.save("{method}.png")'
+        output, save = "images[0]", f'output.save("{file}.png")'
     return "\n".join(
         [
             "import torch",

@@ -43,7 +43,8 @@ class FollowingRun:
         prompts: only the first so many; None takes all.
         steps, guidance, frames, height, width: as in `GenerationRequest`.
         batch: prompts generated at once.
-        method: an attention method; "dense" without options leaves the pipeline as it is.
+        method: a method, or several with commas; "dense" without options leaves the pipeline as
+            it is.
         options: keyword arguments for `accelerate_pipeline`.
         device: a torch device.
         dtype: of the weights; see `load_pipeline`.

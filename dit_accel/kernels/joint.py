@@ -355,7 +355,7 @@ def joint_sparse_attention(
         value: like ``query``.
         levels: int8 ``[B|1, H|1, Q, K]`` over blocks of the ``V = N - text_length`` video tokens:
             1 exact, 2, 4 or 8 pooled, 0 left out. A pooled level may only occur if ``statistics``
-            has its means; that is not checked on a GPU, where looking would wait for it.
+            has its means; on a GPU, which is not waited for, a device assertion fails otherwise.
         query_block: video tokens per query block, a power of two from 16 to 128.
         key_block: video tokens per key block, likewise.
         text_length: text tokens; their keys are exact for every query, and their queries see
@@ -556,17 +556,22 @@ def _(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
 
 
 def _check_levels(levels: Tensor, pooled: list[Tensor | None]) -> None:
-    """Refuse levels without pooled keys; not on a GPU, where looking would wait for it."""
+    """Refuse levels without pooled keys, whose blocks would be left out and nobody told.
+
+    A GPU is not waited for: there it is an assertion on the device, which ends the program at its
+    next synchronisation, as an index out of range does.
+    """
+    keys = zip(LEVELS[1:], pooled[::2], strict=True)
+    served = {0, 1} | {level for level, tensor in keys if tensor is not None}
+    remedy = "of which statistics has no pooled keys; add them to pooled_levels (2, 4, 8)."
     if levels.device.type == "cpu":
-        served = {0, 1} | {
-            level for level, t in zip((2, 4, 8), pooled[::2], strict=True) if t is not None
-        }
         missing = {*levels.unique().tolist()} - served
         if missing:
-            raise OptionError(
-                f"levels has blocks of level {sorted(missing)}, of which statistics has no pooled "
-                f"keys; add them to pooled_levels (2, 4 and 8 are possible)."
-            )
+            raise OptionError(f"levels has blocks of level {sorted(missing)}, {remedy}")
+    else:
+        bits = sum(1 << level for level in served)
+        known = (bits >> levels.short() & 1).all()
+        torch._assert_async(known, f"levels has blocks of a level not in {served}, {remedy}")
 
 
 def _packed(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

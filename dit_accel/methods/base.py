@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -15,6 +15,7 @@ from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.errors import DensityUnreachableError, OptionError
 from dit_accel.grid import RASTER, Grid, TokenOrder
 from dit_accel.kernels.tiles import tile_lengths
+from dit_accel.kinds import Method
 from dit_accel.plan import (
     EMPTY,
     FULL,
@@ -30,16 +31,13 @@ from dit_accel.plan import (
 
 
 @dataclass(frozen=True)
-class AttentionMethod(ABC):
+class AttentionMethod(Method):
     """What to attend to. Subclasses are frozen dataclasses whose fields are the user's options.
 
     A method never names a model family: all it knows of a call is the `AttentionCall`.
     """
 
-    name: ClassVar[str]
-    """Registered name, as in ``accelerate_pipeline(pipe, method=name)``."""
-    paper: ClassVar[str] = ""
-    """Title and arXiv number, for tables."""
+    kind: ClassVar[str] = "attention"
 
     @abstractmethod
     def plan(

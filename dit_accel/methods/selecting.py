@@ -226,13 +226,14 @@ class SelectingMethod(AttentionMethod):
         """Return this method with a budget that makes `JointPlan.density` come to ``density``.
 
         Counted are all pairs, text and choosing included, a mean of tokens as one key. The budget
-        is the same whatever the tokens are, and is met on average over the query blocks.
+        is the same whatever the tokens are, and is met on average over the query blocks, and over
+        the steps that a choice serves.
         """
         check_density(density)
         if density == 1:
             return self.with_share(1.0, layout)  # dense, for which nothing is chosen
         video, total = layout.video_length**2, layout.num_tokens**2
-        beside = total - video + self.choosing_pairs(layout)
+        beside = total - video + self.choosing_pairs(layout) / self.refresh_every
         share = (density * total - beside) / video
         least = self.least_share(layout)
         if share < least - 1e-9:

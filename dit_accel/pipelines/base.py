@@ -36,6 +36,22 @@ class ForwardInputs:
     tail_first: int = 0
 
 
+@dataclass(frozen=True)
+class Streams:
+    """The token streams between two blocks, ``[B, N, C]``; ``text`` where blocks change it."""
+
+    video: Tensor
+    text: Tensor | None = None
+
+    def map(self, function: Callable[..., Tensor], *others: Streams) -> Streams:
+        """Apply a function to the video streams, and to the text streams if all have one."""
+        text = [streams.text for streams in (self, *others)]
+        return Streams(
+            function(self.video, *(other.video for other in others)),
+            None if any(tokens is None for tokens in text) else function(*text),
+        )
+
+
 @dataclass
 class TokenShuffle:
     """The order of the video tokens inside the running forward, read by a family's hooks.
@@ -70,6 +86,8 @@ class PipelineFamily(ABC):
     pipelines: ClassVar[str]
     """The diffusers pipelines, for the documentation."""
     components: ClassVar[tuple[str, ...]] = ("transformer",)
+    block_output: ClassVar[tuple[str, ...]] = ("video", "text")
+    """The streams that a block returns, in its order. All blocks take video first, then text."""
 
     def variants(self, pipe: Any) -> tuple[str, ...]:
         """Return the names under which published settings are looked up, most specific first."""
@@ -78,6 +96,49 @@ class PipelineFamily(ABC):
     @abstractmethod
     def attention_layers(self, transformer: Any) -> list[Any]:
         """Return the self-attention modules whose core may become sparse, in running order."""
+
+    @abstractmethod
+    def blocks(self, transformer: Any) -> list[nn.Module]:
+        """Return the blocks of the residual stack, in running order."""
+
+    def streams_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
+        """Return what a block is called with: tokens ``[B, N, C]``."""
+        video = args[0] if args else kwargs["hidden_states"]
+        if "text" not in self.block_output:
+            return Streams(video)
+        return Streams(video, args[1] if len(args) > 1 else kwargs["encoder_hidden_states"])
+
+    def streams_out(self, output: Any) -> Streams:
+        """Return the streams in a block's output."""
+        found = (output,) if len(self.block_output) == 1 else output
+        return Streams(**dict(zip(self.block_output, found, strict=True)))
+
+    def as_output(self, streams: Streams) -> Any:
+        """Return streams in the form of a block's output."""
+        found = tuple(getattr(streams, name) for name in self.block_output)
+        return found[0] if len(found) == 1 else found
+
+    @abstractmethod
+    def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return a block's video tokens after its first norm and modulation, ``[B, N, C]``."""
+
+    def time_embeddings(self, transformer: Any, timesteps: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return what all that depends on the timestep alone is made of, ``[S, C]`` each.
+
+        The time embedding, and its projection that modulates the blocks. None where these depend
+        on the prompt too.
+        """
+        return None
+
+    def volume(self, transformer: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Return the input latent by its axes, ``[B, T, H, W, C]``."""
+        latent: Tensor = kwargs["hidden_states"]
+        latent = latent.unsqueeze(2) if latent.ndim == 4 else latent
+        return latent.movedim(1, -1)
+
+    def cacheable_attention(self, transformer: Any) -> list[tuple[nn.Module, str]]:
+        """Return all attention modules of the blocks, each with "self" or "cross"."""
+        return [(layer, "self") for layer in self.attention_layers(transformer)]
 
     @abstractmethod
     def read_inputs(self, transformer: Any, kwargs: dict[str, Any]) -> ForwardInputs:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dit_accel.call import TokenLayout
@@ -33,14 +33,33 @@ class Flux(PipelineFamily):
     name: ClassVar[str] = "flux"
     transformer_classes: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
     pipelines: ClassVar[str] = "FluxPipeline (dev, schnell), FluxKontextPipeline, FluxFillPipeline"
+    block_output: ClassVar[tuple[str, ...]] = ("text", "video")
 
     grids: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Grid by position-id tensor: read from the device once per generation, not per step."""
 
+    def variants(self, pipe: Any) -> tuple[str, ...]:
+        """Return "flux-12b", for the released size alone, and "flux"."""
+        config = pipe.transformer.config
+        released = (config.num_layers, config.num_single_layers) == (19, 38)
+        return (f"{self.name}-12b", self.name) if released else (self.name,)
+
     def attention_layers(self, transformer: Any) -> list[Any]:
         """Return the dual-stream blocks' attention, then the single-stream blocks'."""
-        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-        return [block.attn for block in blocks]
+        return [block.attn for block in self.blocks(transformer)]
+
+    def blocks(self, transformer: Any) -> list[nn.Module]:
+        """Return the dual-stream blocks, then the single-stream blocks."""
+        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run the block's adaptive norm."""
+        return block.norm1(kwargs["hidden_states"], emb=kwargs["temb"])[0]
+
+    def volume(self, transformer: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Unpack the target image's tokens; a reference image is left out."""
+        grid = self.read_inputs(transformer, kwargs).layouts[0].grid
+        return kwargs["hidden_states"][:, : math.prod(grid)].unflatten(1, grid)
 
     def read_inputs(self, transformer: Any, kwargs: dict[str, Any]) -> ForwardInputs:
         """Take the grid from ``img_ids`` ``[S, 3]`` = (segment, row, column)."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dit_accel.call import TokenLayout
@@ -34,10 +34,26 @@ class HunyuanVideo(PipelineFamily):
     text_lengths: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Valid text lengths by mask tensor: read from the device once per prompt, not per step."""
 
+    def variants(self, pipe: Any) -> tuple[str, ...]:
+        """Return "hunyuan_video-13b", for the released size alone, and "hunyuan_video"."""
+        config = pipe.transformer.config
+        released = (config.num_layers, config.num_single_layers) == (20, 40)
+        return (f"{self.name}-13b", self.name) if released else (self.name,)
+
     def attention_layers(self, transformer: Any) -> list[Any]:
         """Return the dual-stream blocks' attention, then the single-stream blocks'."""
-        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-        return [block.attn for block in blocks]
+        return [block.attn for block in self.blocks(transformer)]
+
+    def blocks(self, transformer: Any) -> list[nn.Module]:
+        """Return the dual-stream blocks, then the single-stream blocks."""
+        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run the block's adaptive norm; the first frame may have its own modulation."""
+        tokens, time = args[0], args[2]
+        if "TokenReplace" in type(block).__name__:
+            return block.norm1(tokens, time, *args[5:7])[0]
+        return block.norm1(tokens, emb=time)[0]
 
     def read_inputs(self, transformer: Any, kwargs: dict[str, Any]) -> ForwardInputs:
         """Take the grid from the latent ``[B, C, T, H, W]`` and drop text that is all padding."""

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_accel.call import TokenLayout
 from dit_accel.errors import UnknownPipelineError
@@ -31,6 +31,7 @@ class StableDiffusion3(PipelineFamily):
     name: ClassVar[str] = "sd3"
     transformer_classes: ClassVar[tuple[str, ...]] = ("SD3Transformer2DModel",)
     pipelines: ClassVar[str] = "StableDiffusion3Pipeline (3, 3.5) and its img2img and inpaint forms"
+    block_output: ClassVar[tuple[str, ...]] = ("text", "video")
 
     def attention_layers(self, transformer: Any) -> list[Any]:
         """Return each block's joint attention, followed by its image-only one where it has one."""
@@ -40,6 +41,14 @@ class StableDiffusion3(PipelineFamily):
             if getattr(block, "attn2", None) is not None:
                 layers.append(block.attn2)
         return layers
+
+    def blocks(self, transformer: Any) -> list[nn.Module]:
+        """Return the joint blocks; the last one returns no text."""
+        return list(transformer.transformer_blocks)
+
+    def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run the block's adaptive norm."""
+        return block.norm1(kwargs["hidden_states"], emb=kwargs["temb"])[0]
 
     def read_inputs(self, transformer: Any, kwargs: dict[str, Any]) -> ForwardInputs:
         """Take the grid from the latent's shape ``[B, C, H, W]``."""

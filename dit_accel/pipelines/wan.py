@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_accel.call import TokenLayout
 from dit_accel.pipelines.base import (
@@ -32,6 +32,7 @@ class Wan(PipelineFamily):
     )
     pipelines: ClassVar[str] = "WanPipeline, WanImageToVideoPipeline, WanVACEPipeline (2.1, 2.2)"
     components: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
+    block_output: ClassVar[tuple[str, ...]] = ("video",)
 
     def variants(self, pipe: Any) -> tuple[str, ...]:
         """Return names such as "wan2.1-14b-i2v", "wan2.1-14b" and "wan"; 2.2 has its own."""
@@ -45,12 +46,45 @@ class Wan(PipelineFamily):
         size = {1536: "1.3b", 5120: "14b"}.get(width)
         if size is None:
             return ("wan",)
-        return f"wan2.1-{size}-{task}", f"wan2.1-{size}", "wan"
+        names = (f"wan2.1-{size}-{task}", f"wan2.1-{size}", "wan")
+        # Image-to-video has weights of its own for 480p, known by their name alone.
+        small = task == "i2v" and "480p" in str(getattr(pipe, "name_or_path", "")).lower()
+        return (f"{names[0]}-480p", *names) if small else names
 
     def attention_layers(self, transformer: Any) -> list[Any]:
         """Return every block's ``attn1``, VACE's control blocks last."""
         blocks = [*transformer.blocks, *getattr(transformer, "vace_blocks", [])]
         return [block.attn1 for block in blocks]
+
+    def blocks(self, transformer: Any) -> list[nn.Module]:
+        """Return the main blocks; VACE's control blocks are no part of the residual stack."""
+        return list(transformer.blocks)
+
+    def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Shift and scale the normed tokens by the block's table and the time projection."""
+        tokens, projection = args[0], args[2]
+        table = block.scale_shift_table
+        table = table.unsqueeze(0) if projection.ndim == 4 else table  # a timestep per token
+        shift, scale, *_ = (table + projection.float()).unbind(-2)
+        if projection.ndim == 3:
+            shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
+        return (block.norm1(tokens.float()) * (1 + scale) + shift).type_as(tokens)
+
+    def time_embeddings(self, transformer: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the time embedder on every timestep; neither prompt nor size enters."""
+        embedder = transformer.condition_embedder
+        features = embedder.timesteps_proj(timesteps)
+        weight = next(embedder.time_embedder.parameters())
+        embedding = embedder.time_embedder(features.to(weight.dtype))
+        return embedding, embedder.time_proj(embedder.act_fn(embedding))
+
+    def cacheable_attention(self, transformer: Any) -> list[tuple[nn.Module, str]]:
+        """Return each block's self-attention and its cross-attention to the text."""
+        return [
+            pair
+            for block in transformer.blocks
+            for pair in ((block.attn1, "self"), (block.attn2, "cross"))
+        ]
 
     def read_inputs(self, transformer: Any, kwargs: dict[str, Any]) -> ForwardInputs:
         """Take the grid from the latent's shape ``[B, C, T, H, W]``."""

@@ -30,7 +30,7 @@ CLIP_TOKENS = 77
 T5_LENGTHS = (64, 128, 256)  # tokens that pipelines pad a prompt to; T5 sees the padding there
 T5_SIZES = dict(d_model=192, d_kv=48, d_ff=384, num_layers=2, num_heads=4)
 CLIP_SIZES = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
-LLAMA_SIZES = dict(hidden_size=192, intermediate_size=384, num_attention_heads=4)
+LLAMA_SIZES = dict(hidden_size=192, intermediate_size=192, num_attention_heads=4)
 LLAMA_LAYERS = 4  # HunyuanVideoPipeline reads what comes before the last two
 
 

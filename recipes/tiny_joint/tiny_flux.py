@@ -32,7 +32,7 @@ class TinyFlux(Model):
     autoencoder_sizes = ((32, 128, 128), (12, 256, 256), (12, 256, 256), (3, 512, 512))
     smoke_autoencoder_sizes = ((2, 32, 32), (1, 64, 64))
     measured_sizes = ((16, 256, 256), (4, 512, 512))
-    guidance = (1.0, 7.0)
+    guidance = (1.0, 6.0)
     lessons = (
         (text_encoders.teach_clip, "tokenizer", "text_encoder", 0.3),
         (text_encoders.teach_t5, "tokenizer_2", "text_encoder_2", 0.7),

@@ -36,7 +36,7 @@ class TinyHunyuan(Model):
     autoencoder_sizes = ((4, 17, 128, 128), (4, 17, 128, 128), (1, 17, 256, 256))
     smoke_autoencoder_sizes = ((2, 9, 32, 32), (1, 5, 64, 64))
     measured_sizes = ((8, 33, 128, 128), (4, 33, 256, 256), (2, 61, 256, 256))
-    guidance = (1.0, 7.0)
+    guidance = (1.0, 6.0)
     lessons = (
         (text_encoders.teach_llama, "tokenizer", "text_encoder", 0.75),
         (text_encoders.teach_clip, "tokenizer_2", "text_encoder_2", 0.25),

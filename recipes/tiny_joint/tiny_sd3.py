@@ -60,7 +60,7 @@ class TinySd3(TinyFlux):
             caption_projection_dim=heads * 64,
             joint_attention_dim=text_encoders.T5_SIZES["d_model"],
             pooled_projection_dim=2 * PROJECTION,
-            pos_embed_max_size=96,
+            pos_embed_max_size=64,
             dual_attention_layers=(0, 1),
             qk_norm="rms_norm",
         )

@@ -210,12 +210,11 @@ class Run:
     def _prepare(
         self, trainer: Trainer, pipe: DiffusionPipeline, bucket: Bucket, latents, captions
     ) -> None:
-        """Make the training steps of a bucket; the first one is also trained without guidance."""
+        """Make the training steps of a bucket."""
         words = self._embed(pipe, captions, bucket.text_length)
         empty = self._embed(pipe, [""], bucket.text_length)
-        guided = self.model.guidance is not None
-        for value in sorted({False, guided} if bucket is self.buckets[0] else {guided}):
-            trainer.add(bucket, latents, words, empty, guided=value)
+        for guided in (False,) if self.model.guidance is None else (False, True):
+            trainer.add(bucket, latents, words, empty, guided=guided)
 
     def rehearse(self) -> None:
         """Take a few steps of every size on noise."""
@@ -298,6 +297,7 @@ def save_pipeline(model: Model, text: dict, work: Path, transformer, output: Pat
 def main() -> None:
     """Run the stages asked for."""
     args = arguments()
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # scenes are small: more only wait
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     # Runs with cuDNN's attention ended in illegal reads; its part in them is not proven.

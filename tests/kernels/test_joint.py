@@ -1,5 +1,7 @@
 """The joint Triton kernel against float64, on the GPU if there is one, else in the interpreter."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -324,6 +326,22 @@ def test_bad_calls_are_refused() -> None:
     refused(OptionError, "row_factor must", row_factor=torch.ones(1, 2, 3, device=DEVICE))
     refused(OptionError, "added must", added=torch.ones(1, 2, 2, 8, device=DEVICE))
     refused(OperatorUnavailableError, "float64", *(x.double() for x in qkv), levels)
+
+
+@pytest.mark.gpu
+def test_a_level_without_means_ends_the_program_on_a_gpu() -> None:
+    # In a process of its own: nothing runs on the device after a failed assertion.
+    script = """
+import torch
+from dit_accel.kernels.joint import joint_sparse_attention
+qkv = torch.randn(3, 1, 64, 2, 16, device="cuda", dtype=torch.float16).unbind()
+levels = torch.full((1, 1, 2, 2), 4, dtype=torch.int8, device="cuda")
+joint_sparse_attention(*qkv, levels, query_block=32, key_block=32)
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "level" in done.stderr + done.stdout
 
 
 def test_missing_statistics_are_named() -> None:

@@ -12,7 +12,7 @@ from selecting_checks import (
     run_plan,
 )
 
-from dit_accel.call import TokenLayout
+from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.errors import DensityUnreachableError, GridMismatchError, OptionError
 from dit_accel.grid import HILBERT, RASTER
 from dit_accel.kernels.joint_reference import LEVELS
@@ -143,6 +143,17 @@ def test_unreachable_density_names_one_that_works():
     q, k, v = random_inputs(layout)
     plan = make_plan(PSA(**SMALL).at_density(0.2204, layout), layout, q, k, v)
     assert plan.density == pytest.approx(0.2204, rel=0.1)
+
+
+def test_density_counts_a_choice_once_for_all_steps_that_it_serves():
+    layout = TokenLayout((13, 9, 11))
+    q, k, v = random_inputs(layout)
+    method = PSA(**SMALL, refresh_every=4).at_density(0.15, layout)
+    order = method.token_order(layout.grid)
+    first, choice = method.plan_by(None, AttentionCall(layout), q, k, v, order)
+    again, _ = method.plan_by(choice, AttentionCall(layout), q, k, v, order)
+    assert first.density > again.density
+    assert (first.density + 3 * again.density) / 4 == pytest.approx(0.15, rel=0.05)
 
 
 def test_similarity_keeps_dissimilar_blocks_fine():

@@ -26,10 +26,11 @@ SPARSE_OPTIONS: dict[str, dict[str, Any]] = {
     "rectified": {"block_size": 16},
     "pisa": {"block_size": 16},
 }
-SPARSE = [name for name in list_methods() if name != "dense"]
+ATTENTION = list_methods("attention")
+SPARSE = [name for name in ATTENTION if name != "dense"]
 
 
-@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("method", ATTENTION)
 def test_density_one_is_dense(subject, method):
     accelerate_pipeline(
         subject.pipe, method, density=None if method == "dense" else 1, **EVERYWHERE
@@ -90,6 +91,16 @@ def test_pooled_remainder_is_nearer_to_dense(subject, method):
     if acceleration_report(subject.pipe).density == 1:
         pytest.skip("one frame is its own neighbourhood: nothing is left out")
     assert distance(remainder="pooled") < without
+
+
+@pytest.mark.parametrize("method", ["psa", "rectified", "pisa"])
+def test_every_call_has_the_density_that_was_asked_for(subject, method):
+    """Also where some layers see the video alone."""
+    options = SPARSE_OPTIONS[method]
+    accelerate_pipeline(subject.pipe, method, density=0.85, **options, **EVERYWHERE)
+    subject.run()
+    for call in acceleration_report(subject.pipe).calls:
+        assert call.density == pytest.approx(0.85, rel=0.1)
 
 
 @pytest.mark.parametrize("method", ["psa", "rectified", "pisa"])

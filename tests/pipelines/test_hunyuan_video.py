@@ -9,7 +9,14 @@ import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
-from dit_accel import GNA, accelerate_pipeline, acceleration_report
+from dit_accel import (
+    GNA,
+    PISA,
+    PSA,
+    RectifiedSpaAttn,
+    accelerate_pipeline,
+    acceleration_report,
+)
 
 WINDOW = GNA((1.0, 0.4, 0.4), block_size=16)
 EVERYWHERE: dict[str, Any] = {"dense_steps": 0, "min_tokens": 0}
@@ -52,18 +59,37 @@ def run(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
     return model(**arguments)[0]
 
 
-def test_padding_is_dropped_whatever_it_holds():
+METHODS = [
+    WINDOW,
+    GNA((1.0, 0.4, 0.4), block_size=16, remainder="pooled"),
+    PSA(query_block=16, key_block=16),
+    RectifiedSpaAttn(block_size=16, drop=0.9),
+    PISA(block_size=16),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("junk", [1e4, float("inf"), float("nan")])
+def test_padding_is_dropped_whatever_it_holds(method, junk):
     model = transformer()
     pipe = SimpleNamespace(transformer=model)
     arguments = inputs([[1, 1, 1, 1, 0, 0]])
     dense = run(model, arguments)
     accelerate_pipeline(pipe, "dense")
     torch.testing.assert_close(run(model, arguments), dense, rtol=1e-5, atol=1e-5)
-    accelerate_pipeline(pipe, WINDOW, **EVERYWHERE)
+    accelerate_pipeline(pipe, method, **EVERYWHERE)
     sparse = run(model, arguments)
-    assert acceleration_report(pipe).calls[0].plan.layout.text_length == 4
-    arguments["encoder_hidden_states"][:, 4:] = 1e4
+    assert acceleration_report(pipe).density < 1
+    arguments["encoder_hidden_states"][:, 4:] = junk
     torch.testing.assert_close(run(model, arguments), sparse)
+
+
+def test_padding_is_no_part_of_the_text():
+    model = transformer()
+    pipe = SimpleNamespace(transformer=model)
+    accelerate_pipeline(pipe, WINDOW, **EVERYWHERE)
+    run(model, inputs([[1, 1, 1, 1, 0, 0]]))
+    assert acceleration_report(pipe).calls[0].plan.layout.text_length == 4
 
 
 def test_text_mask_with_holes_stays_dense_and_is_reported():

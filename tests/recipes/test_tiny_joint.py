@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 
 from dit_accel.world import clips
 from recipes.shared.words import UNASKED, Lessons, words_of
-from recipes.tiny_joint import autoencoders, text_encoders, train
+from recipes.tiny_joint import autoencoders, text_encoders, train, trainer
 from recipes.tiny_joint.tiny_flux import TinyFlux
 
 MODELS = sorted(train.MODELS)
@@ -75,6 +75,27 @@ def test_lessons_label_each_word_with_its_own_thing(past_only):
     assert (labels[colour] != UNASKED).any()
     assert (whole[names.index("background")] != UNASKED).all()
     assert (whole[colour] == UNASKED).all()
+
+
+def test_guidance_is_learned_from_a_teacher_that_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(trainer, "ALONE", 0.0)
+    monkeypatch.setattr(trainer, "DISTILLED", 1.0)
+    model = TinyFlux()
+    torch.manual_seed(0)
+    transformer = model.make_transformer(smoke=True)
+    trainer.initialise(transformer)
+    before = [p.detach().clone() for p in transformer.parameters()]
+    student = trainer.Trainer(model, transformer, "cpu", log=lambda line: None)
+    bucket = model.smoke_buckets[0]
+    words = torch.randn(4, 8, transformer.config.joint_attention_dim)
+    pooled = torch.randn(4, transformer.config.pooled_projection_dim)
+    latents = torch.randn(4, *model.latent_shape(bucket.size))
+    student.add(bucket, latents, (words, pooled), (words[:1], pooled[:1]), guided=True)
+    student.train(0.5, None, save=lambda: None, save_every_s=60)
+    assert student.done >= 1
+    kept = zip(before, student.teacher.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in kept)
+    assert any(not torch.equal(a, b) for a, b in zip(before, transformer.parameters(), strict=True))
 
 
 def test_rehearsal_needs_no_other_stage(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,204 @@
+"""The seam between an acceleration and its cache or guidance.
+
+Who runs a block: the transformer calls its blocks as ever; an `Interception` stands in front of
+those that a session names, and the session decides what runs. Nothing of the block changes: its
+hooks, its offloading and its compiled graph lie behind the interception.
+
+How state is keyed: by `Forward.key`, the transformer and the name of the guidance branch ("cond",
+"uncond", "cond_uncond", "perturbed", ...), never by the parity of calls.
+
+When state ends: `Session.begin` comes before the first forward of every generation, also after one
+that broke off.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from dit_accel.call import AttentionCall
+from dit_accel.errors import OptionError
+from dit_accel.kinds import Method
+from dit_accel.pipelines.base import PipelineFamily
+from dit_accel.plan import AttentionPlan
+from dit_accel.report import Recorder
+from dit_accel.tracking import CallTracker, Moment
+
+Call = Callable[..., Any]
+Run = Callable[..., Any]
+"""``run(inner, *args, **kwargs)``: what happens instead of ``inner(*args, **kwargs)``."""
+
+# torch's Module.__call__ runs this attribute, if set, in place of the module with all its hooks;
+# Module.compile sets it to the compiled module.
+_SLOT = "_compiled_call_impl"
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One run of a transformer.
+
+    Attributes:
+        transformer: which.
+        moment: step, branch and generation.
+        kwargs: the transformer's arguments by name.
+        regime: how its attention runs and in which order its tokens are; what was kept under
+            another regime is of no use.
+    """
+
+    transformer: nn.Module
+    moment: Moment
+    kwargs: Mapping[str, Any]
+    regime: Any = None
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What state between steps is kept by."""
+        return id(self.transformer), self.moment.branch
+
+
+@dataclass(frozen=True)
+class SessionMethod(Method):
+    """A method that acts through a session: a cache, or a guidance."""
+
+    @abstractmethod
+    def session(self, pipe: Any, seam: Seam) -> Session:
+        """Return the working state for one acceleration of ``pipe``; nothing is attached yet.
+
+        Raises:
+            OptionError: if the method can do nothing on this pipeline.
+        """
+
+
+class Session(ABC):
+    """The working state of one cache or guidance in one acceleration; it dies with that."""
+
+    @abstractmethod
+    def attach(self, transformer: nn.Module) -> None:
+        """Intercept what has to be; called once per transformer of the pipeline."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Forget everything: a new generation is about to run."""
+
+    def enter(self, forward: Forward) -> None:
+        """A transformer is about to run."""
+        return None
+
+    def leave(self, output: Any) -> None:
+        """It has run; ``output`` is None after an exception."""
+        return None
+
+
+class AttentionSession(Session):
+    """A session that also stands in front of the attention operators of a sparse method."""
+
+    @abstractmethod
+    def attend(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        call: AttentionCall,
+        sample: int,
+        plan: AttentionPlan,
+        run: Callable[..., tuple[Tensor, Tensor | None]],
+    ) -> Tensor:
+        """Return the output of one sparse call, ``[B, N, H, D]``.
+
+        Args:
+            qkv: query, key and value ``[B, N, H, D]``, their video tokens in the plan's order.
+            call: which call this is.
+            sample: of the batch, where samples run one by one.
+            plan: what the method decided.
+            run: ``run(query, key, value, plan) -> (output, LSE [B, H, N])``.
+        """
+
+
+class Seam:
+    """What an acceleration offers to its sessions."""
+
+    def __init__(self, family: PipelineFamily, tracker: CallTracker, recorder: Recorder) -> None:
+        self.family, self.tracker, self.recorder = family, tracker, recorder
+        self._interceptions: dict[nn.Module, Interception] = {}
+
+    def intercept(self, module: nn.Module, run: Run) -> None:
+        """Let ``run`` stand in front of a module's calls; of several, the last is outermost."""
+        if module not in self._interceptions:
+            self._interceptions[module] = Interception(module)
+        self._interceptions[module].runs.append(run)
+
+    def renew(self, transformer: nn.Module) -> None:
+        """Stand in front again of what was compiled since.
+
+        Raises:
+            OptionError: if the transformer was compiled as a whole, which would run past us.
+        """
+        if not self._interceptions:
+            return
+        if is_compiled(transformer):
+            raise OptionError(
+                "the transformer is compiled as a whole, so its blocks can't be skipped: compile "
+                "its blocks instead (compile_repeated_blocks, or block.compile() for each)."
+            )
+        for interception in self._interceptions.values():
+            interception.renew()
+
+    def restore(self) -> None:
+        """Take all interceptions away."""
+        for interception in self._interceptions.values():
+            interception.remove()
+        self._interceptions.clear()
+
+
+class Interception:
+    """Stands in front of one module's calls, whatever the module does inside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.runs = module, list[Run]()
+        self.inner: Call | None = None
+        self.renew()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run in place of the module."""
+        call: Call = self.module._call_impl if self.inner is None else self.inner
+        for run in self.runs:
+            call = partial(run, call)
+        return call(*args, **kwargs)
+
+    def renew(self) -> None:
+        """Take the first place again if ``module.compile()`` took it."""
+        current = self.module.__dict__.get(_SLOT)
+        if current is not self:
+            self.inner = current
+            self.module.__dict__[_SLOT] = self
+
+    def remove(self) -> None:
+        """Leave the module as it would be without us."""
+        if self.module.__dict__.get(_SLOT) is not self:
+            return  # compiled since; that stays
+        if self.inner is None:
+            del self.module.__dict__[_SLOT]
+        else:
+            self.module.__dict__[_SLOT] = self.inner
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, interceptions aside."""
+    slot = module.__dict__.get(_SLOT)
+    return (slot.inner if isinstance(slot, Interception) else slot) is not None
+
+
+def arguments_by_name(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a call's arguments by name."""
+    if not args:
+        return dict(kwargs)
+    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+    named = dict(bound.arguments)
+    named.pop("self", None)
+    return named

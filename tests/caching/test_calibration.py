@@ -1,0 +1,223 @@
+"""Profiles and calibrations, made on tiny pipelines and read back."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import wraps
+
+import pytest
+import torch
+from cache_subjects import Subject
+
+from dit_accel import accelerate_pipeline, acceleration_report
+from dit_accel.caching.brought import CALIBRATION_FILE, brought_options
+from dit_accel.caching.profile import Profile
+from dit_accel.calibration import calibrate_cache, fit_model
+from dit_accel.cli import main
+from dit_accel.errors import OptionError
+from dit_accel.generation import GenerationRequest
+from dit_accel.profiler import (
+    column_means,
+    foreground_by_colour,
+    foreground_by_motion,
+    foreground_share,
+    otsu,
+    profile_model,
+    sampled_rows,
+)
+
+SIZE = {"height": 112, "width": 144, "frames": 5, "steps": 9}
+IMAGE = {"height": 240, "width": 272, "steps": 9}
+
+
+def requests(name: str = "wan", count: int = 1) -> list[GenerationRequest]:
+    size = IMAGE if name in ("flux", "sd3") else SIZE
+    return [GenerationRequest(prompt=f"a ball {seed}", seed=seed, **size) for seed in range(count)]
+
+
+def test_column_means_are_those_of_the_attention_matrix():
+    query, key = torch.randn(30, 2, 8), torch.randn(40, 2, 8)
+    whole = torch.einsum("qhd,khd->hqk", query, key).mul(8**-0.5).softmax(-1).mean((0, 1))
+    torch.testing.assert_close(column_means(query, key, torch.arange(30), chunk=7), whole)
+    assert column_means(query, key, torch.tensor([3, 4])).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_sampled_rows_are_spread_over_the_frames():
+    rows = sampled_rows((3, 4, 5), per_frame=6)
+    assert [int(((rows // 20) == frame).sum()) for frame in range(3)] == [6, 6, 6]
+    assert len(rows.unique()) == 18
+    assert torch.equal(rows, sampled_rows((3, 4, 5), per_frame=6))
+    assert len(sampled_rows((2, 2, 2), per_frame=100)) == 8
+
+
+def test_foregrounds_of_a_square_on_a_plain_ground():
+    velocity = torch.randn(4, 8, 8, 6) * 0.01
+    square = torch.zeros(4, 8, 8, dtype=torch.bool)
+    square[:, 2:5, 3:6] = True
+    velocity[square] += 1.0
+    assert torch.equal(foreground_by_colour(velocity), square)
+    moving = torch.randn(4, 8, 8, 6) * 0.01
+    moving[:, 2:5, 3:6] += torch.linspace(-1, 1, 4).view(4, 1, 1, 1)
+    assert torch.equal(foreground_by_motion(moving), square)
+    assert foreground_share(square, square) == 1
+    assert foreground_share(~square, square) == 0
+    assert otsu(torch.tensor([0.0, 0.1, 5.0, 5.1])) == pytest.approx(2.5, abs=2.6)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan22", "hunyuan", "flux", "sd3"])
+def test_every_family_can_be_profiled_and_then_cached(name, tmp_path):
+    subject = Subject(name)
+    pipe = subject.pipe
+    if name == "hunyuan":
+        template = subject.arguments["prompt_template"]
+        call = type(pipe).__call__
+        templated = wraps(call)(
+            lambda self, **given: call(self, **{"prompt_template": template, **given})
+        )
+        pipe.__class__ = type("Templated", (type(pipe),), {"__call__": templated})
+    output = tmp_path / "profile.json"
+    found = profile_model(pipe, requests(name), model=name, output=output, per_frame=16)
+    assert len(found.foreground) == found.num_blocks
+    assert all(0 <= share <= 1 for share in found.foreground)
+    assert len(found.by_step) == 9
+    assert Profile.load(output).foreground == pytest.approx(found.foreground)
+    assert not hasattr(pipe, "_dit_accel")
+    accelerate_pipeline(pipe, "profiling_cache", profile=str(output))
+    listed = found.background_blocks(0.6)
+    subject.run()
+    ran = [step.ran for step in acceleration_report(pipe).steps]
+    assert {i for row in ran for i, did in enumerate(row) if not did} == set(listed)
+
+
+def test_profiling_goes_on_where_it_stopped(tmp_path):
+    pipe, output = Subject("wan").pipe, tmp_path / "profile.json"
+    whole = profile_model(pipe, requests(count=2), model="m", per_frame=16)
+    profile_model(pipe, requests(count=1), model="m", output=output, per_frame=16)
+    seen = []
+    resumed = profile_model(
+        pipe, requests(count=2), model="m", output=output, per_frame=16,
+        progress=lambda *told: seen.append(told),
+    )  # fmt: skip
+    assert resumed.foreground == pytest.approx(whole.foreground)
+    assert [row["seed"] for row in json.loads(output.read_text())["prompts"]] == [0, 1]
+    assert seen[-1] == ("prompts", 2, 2)
+    with pytest.raises(OptionError, match="other settings"):
+        profile_model(pipe, requests(), model="m", output=output, per_frame=17)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [({"mask": "color"}, "Did you mean 'colour'"), ({"requests": []}, "at least one")],
+    ids=str,
+)
+def test_profiling_refuses(arguments, says):
+    wanted = arguments.pop("requests", requests())
+    with pytest.raises(OptionError, match=says):
+        profile_model(Subject("wan").pipe, wanted, model="m", **arguments)
+
+
+@pytest.mark.parametrize("goal", [{"target_speedup": 1.2}, {"max_error": 0.01}], ids=str)
+def test_a_strength_is_chosen_for_a_goal(goal):
+    pipe = Subject("wan").pipe
+    found = calibrate_cache(pipe, "easycache", requests(count=2), **goal)
+    strengths = [point.strength for point in found.curve]
+    assert strengths == sorted(strengths)
+    assert found.options == {"threshold": found.chosen.strength}
+    if "target_speedup" in goal:
+        assert found.chosen.speedup >= 1.2
+        assert all(p.speedup < 1.2 for p in found.curve if p.strength < found.chosen.strength)
+    else:
+        assert found.chosen.error <= 0.01
+    assert not hasattr(pipe, "_dit_accel")
+
+
+def test_whole_numbers_are_tried_one_by_one():
+    found = calibrate_cache(Subject("wan").pipe, "taylorseer", requests(), target_speedup=1.3)
+    assert [point.strength for point in found.curve] == [1, 2, 3, 4, 5, 6]
+    assert found.curve[0].speedup == 1
+    assert found.curve[0].error == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "goal", "says"),
+    [
+        ("easycache", {}, "one goal"),
+        ("easycache", {"target_speedup": 2, "max_error": 1}, "one goal"),
+        ("gna", {"target_speedup": 2}, "is no cache"),
+        ("easycache", {"target_speedup": 50}, "does not get there"),
+    ],
+    ids=str,
+)
+def test_calibration_refuses(method, goal, says):
+    pipe = Subject("wan").pipe
+    with pytest.raises(OptionError, match=says):
+        calibrate_cache(pipe, method, requests(), **goal)
+    assert not hasattr(pipe, "_dit_accel")
+
+
+@pytest.mark.parametrize("name", ["wan", "sd3"])
+def test_fitted_numbers_work(name):
+    subject = Subject(name)
+    options = fit_model(subject.pipe, requests(name))
+    assert len(options["teacache"]["coefficients"]) == 5
+    for ratios in options["magcache"].values():
+        assert len(ratios) == 9
+        assert ratios[0] == 1
+    for method in ("teacache", "magcache"):
+        accelerate_pipeline(subject.pipe, method, threshold=0.5, **options[method])
+        subject.run()
+        assert acceleration_report(subject.pipe).blocks_skipped > 0
+
+
+def test_commands_and_a_model_that_brings_its_numbers(tmp_path, capsys):
+    folder = tmp_path / "model"
+    Subject("wan").pipe.save_pretrained(folder)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball\n\na blue ball\n")
+    common = ["--model", str(folder), "--prompts", str(prompts), "--steps", "9", "--frames", "5"]
+    common += ["--height", "112", "--width", "144", "--json"]
+
+    def run(*arguments: str) -> dict:
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, *common])
+        captured = capsys.readouterr()
+        assert not ended.value.code, captured.err
+        return json.loads(captured.out)
+
+    profile = run("profile", "--rows", "16", "-o", str(tmp_path / "profile.json"))
+    assert profile["num_blocks"] == 3
+    file = folder / CALIBRATION_FILE
+    made = run("calibrate", "--fit", "--method", "magcache", "--max-error", "1", "-o", str(file))
+    assert set(made["options"]) == {"teacache", "magcache"}
+    assert made["calibration"]["chosen"] in made["calibration"]["curve"]
+
+    from dit_accel.models import load_pipeline
+
+    pipe = load_pipeline(str(folder))
+    assert (
+        brought_options(pipe, "magcache")["threshold"] == made["options"]["magcache"]["threshold"]
+    )
+    accelerate_pipeline(pipe, "magcache")
+    accelerate_pipeline(pipe, "teacache")
+    file.write_text("{}")
+    with pytest.raises(OptionError, match=re.escape("is no calibration")):
+        accelerate_pipeline(pipe, "teacache")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["profile", "-o", "p.txt"], "must end in .json"),
+        (["profile", "-o", "p.json", "--prompts", "none.txt"], "can't be read"),
+        (["calibrate", "-o", "c.json"], "nothing to do"),
+        (["calibrate", "-o", "c.json", "--method", "esycache"], "Did you mean 'easycache'"),
+    ],
+    ids=str,
+)
+def test_commands_refuse(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
