@@ -400,7 +400,8 @@ def choose_operator(
         if reason is None:
             return Choice(operators[name], tuple(rejected))
         rejected.append((name, reason))
-    raise OperatorUnavailableError(f"no operator can run this call: {rejected}")
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
+    raise OperatorUnavailableError(f"no operator can run this call ({reasons}).")
 
 
 def _smallest_block(plan: SparsePlan) -> int:

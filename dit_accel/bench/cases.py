@@ -140,6 +140,11 @@ class Case:
         return allowed.flatten(1)[:, : self.tokens]
 
 
+def visited_tiles(tokens: int, density: float) -> int:
+    """Return how many key tiles each query tile of a case visits."""
+    return max(1, round(-(-tokens // BLOCK) * density))
+
+
 def make_case(
     tokens: int,
     heads: int,
@@ -165,7 +170,7 @@ def make_case(
     shape = 3, 1, tokens, heads, head_size
     query, key, value = torch.randn(shape, device=device, dtype=dtype).unbind()
     blocks = -(-tokens // BLOCK)
-    visited = max(1, round(blocks * density))
+    visited = visited_tiles(tokens, density)
     if lists == "band":
         first = (torch.arange(blocks, device=device) - visited // 2).clamp(0, blocks - visited)
         index = first[:, None] + torch.arange(visited, device=device)

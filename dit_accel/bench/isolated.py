@@ -53,12 +53,8 @@ class Isolated:
 
     def measure(self, task: Mapping[str, Any]) -> Row:
         """Measure one task, or return why that failed; a lost process is replaced by the next."""
-        if self._pipe is None:
-            self._start()
-        pipe = self._pipe
-        if pipe is None:
-            raise RuntimeError("the measuring process has no pipe")
         try:
+            pipe = self._pipe or self._start()
             pipe.send(dict(task))
             if not pipe.poll(self._timeout_s):
                 self._kill()
@@ -77,12 +73,16 @@ class Isolated:
         """End the child."""
         self._kill()
 
-    def _start(self) -> None:
+    def _start(self) -> Connection:
+        """Start a child and wait for it, so that its imports don't count as time of a task."""
         spawn = multiprocessing.get_context("spawn")
-        self._pipe, theirs = spawn.Pipe()
+        ours, theirs = spawn.Pipe()
+        self._pipe = ours
         self._child = spawn.Process(target=_serve, args=(theirs, self._bench), daemon=True)
         self._child.start()
         theirs.close()
+        ours.recv()
+        return ours
 
     def _kill(self) -> None:
         if self._child is not None:
@@ -95,6 +95,7 @@ class Isolated:
 
 def _serve(pipe: Connection, bench: Bench) -> None:
     """Answer tasks until the pipe is closed, with each row and whether the device still works."""
+    pipe.send("ready")
     while True:
         try:
             task = pipe.recv()

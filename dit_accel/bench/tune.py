@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dit_accel.bench.cases import Case, make_case
+from dit_accel.bench.cases import Case, make_case, visited_tiles
 from dit_accel.bench.measuring import Row, median_ms
 from dit_accel.kernels.backend import why_no_gluon, why_no_hopper_kernel
 from dit_accel.kernels.tuning import LONG_LIST, HopperConfig, KernelConfig, Tuning
@@ -105,7 +105,7 @@ def best_settings(rows: Iterable[Row], built_in: Callable[[Row], Row], tokens: i
             best = usual[0]
         if kernel == HOPPER:
             # The dtype is one of two that take the same instructions.
-            kind = "short" if density * tokens / 128 < LONG_LIST else "long"
+            kind = "short" if visited_tiles(tokens, density) < LONG_LIST else "long"
             hopper[head_size, kind] = HopperConfig(**best["config"])
         else:
             itemsize = torch.finfo(getattr(torch, dtype)).bits // 8
@@ -118,7 +118,7 @@ def built_in_setting(row: Row, device: str, tokens: int) -> Row:
     from dit_accel.kernels.tuning import hopper_config, kernel_config
 
     if row["kernel"] == HOPPER:
-        longest = round(row["density"] * tokens / 128)
+        longest = visited_tiles(tokens, row["density"])
         return asdict(hopper_config(row["head_size"], longest, with_text=False))
     itemsize = torch.finfo(getattr(torch, row["dtype"])).bits // 8
     return asdict(kernel_config(_capability(torch.device(device)), row["head_size"], itemsize))
