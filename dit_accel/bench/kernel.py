@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ APPROXIMATE_ERROR = 0.1
 """Relative error up to which a contender that is not exact counts as right."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class KernelBench:
     """Checks and times one contender on one case, beside the dense baseline.
 
@@ -32,11 +31,8 @@ class KernelBench:
     device: str
     heads: int
     repeats: int = 7
-
-    @cached_property
-    def contenders(self) -> Mapping[str, Contender]:
-        """Kept for the life of a process, so that FlexAttention is compiled once a size."""
-        return make_contenders()
+    _size: Any = field(default=None, repr=False)
+    _contenders: Mapping[str, Contender] = field(default_factory=dict, repr=False)
 
     def measure(self, task: Mapping[str, Any]) -> Row:
         """Return time, rate and errors of a task made by `kernel_tasks`.
@@ -44,12 +40,13 @@ class KernelBench:
         A result that is further from float64 than twice the plain formula in the same dtype is not
         timed. The contender and the baseline take turns, so that both find the GPU equally hot.
         """
+        contenders = self._at(task)
         lists: Lists = "random" if task["lists"] == DENSE else task["lists"]
         case = make_case(
             task["tokens"], self.heads, task["head_size"], task["density"], self.device,
             getattr(torch, task["dtype"]), lists,
         )  # fmt: skip
-        contender, density = self.contenders[task["contender"]], task["density"]
+        contender, density = contenders[task["contender"]], task["density"]
         if reason := contender.why_not(case):
             return {"refused": reason}
         run = contender.runner(case, density)
@@ -62,7 +59,7 @@ class KernelBench:
         every_pair = self.heads * case.tokens**2
         pairs = contender.pairs(case, density)
         row["attended_share"] = round(pairs / every_pair, 4)
-        runs, baseline = [run], self.contenders[baseline_name(self.device)]
+        runs, baseline = [run], contenders[baseline_name(self.device)]
         paired = baseline is not contender and baseline.why_not(case) is None
         if paired:
             runs.append(baseline.runner(case, density))
@@ -73,6 +70,17 @@ class KernelBench:
             rate = self._rate(every_pair, task, times[1])
             row |= {"baseline_tflops": rate, "of_baseline_rate": round(row["tflops"] / rate, 4)}
         return row
+
+    def _at(self, task: Mapping[str, Any]) -> Mapping[str, Contender]:
+        """Return the contenders, new ones for each size: FlexAttention is compiled once for it.
+
+        Without the reset, torch would stop compiling after eight sizes and run it eagerly.
+        """
+        size = task["dtype"], task["head_size"], task["tokens"]
+        if size != self._size:
+            torch._dynamo.reset()
+            self._size, self._contenders = size, make_contenders()
+        return self._contenders
 
     def _rate(self, pairs: int, task: Mapping[str, Any], milliseconds: float) -> float:
         """TFLOP/s: four operations for each channel of each pair, two products."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from dit_accel.bench.architectures import TOY, list_architectures, load_architecture
-from dit_accel.bench.breakdown import amdahl_bound, breakdown
+from dit_accel.bench.breakdown import ATTENTION, amdahl_bound, breakdown, split
 from dit_accel.bench.step import STOCK, StepBench, step_tasks, with_ratios
 from dit_accel.errors import OptionError
 
@@ -131,6 +133,32 @@ def test_breakdown_tells_self_attention_from_cross_attention_and_products():
         parts = breakdown(run, "cpu")
         whole = parts["attention"] + parts["matmul"] + parts["rest"]
         assert whole == pytest.approx(parts["total"], abs=0.01)
+
+
+def event(name: str, kind: str, start: float, end: float, parent: object = None, **more: object):
+    """An event of a profile on a GPU; times in microseconds."""
+    span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+    return SimpleNamespace(
+        **{"name": name, "device_type": kind, "time_range": span, "cpu_parent": parent,
+           "input_shapes": [], "device_time_total": 0.0, "is_user_annotation": False, **more}
+    )  # fmt: skip
+
+
+def test_kernels_that_no_operator_launched_count_as_attention_inside_its_range():
+    whole = event(ATTENTION, "DeviceType.CPU", 0, 9, device_time_total=300.0)
+    product = event("aten::mm", "DeviceType.CPU", 1, 2, whole, device_time_total=100.0)
+    other = event("aten::addmm", "DeviceType.CPU", 10, 11, device_time_total=500.0)
+    events = [
+        whole, product, other,
+        event(ATTENTION, "DeviceType.CUDA", 1_000, 1_450, is_user_annotation=True),
+        event("gemm", "DeviceType.CUDA", 1_000, 1_100),
+        event("our attention", "DeviceType.CUDA", 1_100, 1_300),
+        event("statistics, launched by Triton alone", "DeviceType.CUDA", 1_300, 1_450),
+        event("gemm", "DeviceType.CUDA", 2_000, 2_500),
+        event("norm", "DeviceType.CUDA", 2_500, 2_550),
+    ]  # fmt: skip
+    found = {"attention": 0.45, "matmul": 0.5, "total": 1.0, "rest": 0.05}
+    assert split(events, gpu=True) == pytest.approx(found)
 
 
 def test_amdahl():
