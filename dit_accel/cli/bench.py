@@ -91,11 +91,9 @@ def kernel(
         "trial": place == "cpu",
         "not_measured": left_out,
     }
-    bench = KernelBench(place, _positive("--heads", heads))
+    bench, settings = KernelBench(place, _positive("--heads", heads)), {"heads": heads}
     keeping = _Keeping(output, force, commit, timeout, as_json)
-    _run(
-        "kernel", bench, list(tasks), keeping, kernel_table, settings={"heads": heads}, about=about
-    )
+    _run("kernel", bench, list(tasks), keeping, kernel_table, settings=settings, about=about)
 
 
 @app.command("step")
@@ -312,6 +310,8 @@ def _run(
     from dit_accel.bench.runs import ResultFile, run_tasks
     from dit_accel.files import check_outputs
 
+    if not tasks:
+        raise OptionError("nothing to measure: an option that lists what to measure is empty.")
     output = keeping.output
     if output is not None:
         if output.suffix.lower() != ".json":

@@ -109,6 +109,7 @@ def test_tune_stores_what_it_found(dit_accel, tmp_path, monkeypatch):
         ([*KERNEL, "--operators", "cudnn"], "it needs a CUDA device"),
         ([*KERNEL, "--lists", "randm"], "Did you mean 'random'"),
         ([*KERNEL, "--dtype", "int8"], "unknown dtype"),
+        ([*KERNEL, "--dtype", ","], "nothing to measure"),
         ([*KERNEL, "--heads", "0"], "at least 1"),
         ([*KERNEL, "-o", "rows.txt"], "must end in .json"),
         ([*STEP, "--model", "wan2.1-15b"], "Did you mean 'wan2.1-14b'"),
