@@ -36,6 +36,10 @@ _PUBLIC = {
     "PyramidAttentionBroadcast": "dit_accel.caching.pab",
     "UnconditionalCache": "dit_accel.caching.unconditional",
     "RemainderCache": "dit_accel.caching.remainder",
+    "SoftPAG": "dit_accel.guidance.softpag",
+    "PAG": "dit_accel.guidance.pag",
+    "SEG": "dit_accel.guidance.seg",
+    "SkipLayerGuidance": "dit_accel.guidance.skip_layer",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -58,6 +62,10 @@ if TYPE_CHECKING:
     from dit_accel.functional import attention_mask as attention_mask
     from dit_accel.functional import block_mask as block_mask
     from dit_accel.functional import sparse_attention as sparse_attention
+    from dit_accel.guidance.pag import PAG as PAG
+    from dit_accel.guidance.seg import SEG as SEG
+    from dit_accel.guidance.skip_layer import SkipLayerGuidance as SkipLayerGuidance
+    from dit_accel.guidance.softpag import SoftPAG as SoftPAG
     from dit_accel.methods.dense import Dense as Dense
     from dit_accel.methods.gna import GNA as GNA
     from dit_accel.methods.pisa import PISA as PISA

@@ -6,8 +6,9 @@ what the tokens are. Everything is undone in reverse by `restore_pipeline`.
 
 from __future__ import annotations
 
+import inspect
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,12 @@ from torch import Tensor, nn
 from dit_accel import compat
 from dit_accel.caching.brought import brought_options
 from dit_accel.composition import MethodChoice, check_general, compose, members
-from dit_accel.errors import ContextParallelError, OptionError, UnknownPipelineError
+from dit_accel.errors import (
+    ContextParallelError,
+    OptionError,
+    UnknownPipelineError,
+    did_you_mean,
+)
 from dit_accel.kinds import Method
 from dit_accel.methods.base import AttentionMethod, check_density
 from dit_accel.operators import check_backend
@@ -42,10 +48,12 @@ def accelerate_pipeline(
     dense_layers: int | Sequence[int] | None = None,
     min_tokens: int | None = None,
     backend: str = "auto",
+    precision: str | None = None,
+    compile: bool | Mapping[str, Any] = False,
     guard: None = None,
     **options: Any,
 ) -> Any:
-    """Attach an attention method, a cache, or both to a diffusers pipeline. For inference.
+    """Attach an attention method, a cache, a guidance to a diffusers pipeline. For inference.
 
     Calling it again replaces what was attached; `restore_pipeline` undoes it exactly.
 
@@ -62,6 +70,12 @@ def accelerate_pipeline(
         min_tokens: video tokens under which everything stays dense. None: 2048.
         backend: "auto", or the operator that must run: "hopper", "triton", "flash-attn-4", "flex",
             "torch".
+        precision: what the sparse kernel rounds to: "fp8" (everything in e4m3), "int8_fp8"
+            (queries and keys in int8: nearer to exact) or "int8" (queries and keys alone; from
+            compute capability 8.0 on, the others from 8.9). None: the tensors' own dtype. Needs a
+            method without pooled blocks, and float16 or bfloat16.
+        compile: whether to compile the transformer's repeated blocks, one by one, with
+            ``torch.compile``; a mapping gives its keyword arguments. The first step takes longer.
         guard: reserved for the quality guard; must be None.
         options: options of the methods given by name, e.g. ``decay=0.5``; a dict under a method's
             name goes to that method alone, e.g. ``radial={"decay": 0.5}``.
@@ -72,7 +86,8 @@ def accelerate_pipeline(
     Raises:
         UnknownPipelineError: if its transformer belongs to no known family.
         UnknownMethodError: if no method has that name.
-        OptionError: on an unknown option or an impossible value.
+        OptionError: on an unknown option or an impossible value. What a GPU can't run is raised by
+            the first forward, as `OperatorUnavailableError`.
     """
     if guard is not None:
         raise OptionError("guard is not available in this version: leave it None.")
@@ -85,9 +100,11 @@ def accelerate_pipeline(
 
     methods = compose(chosen, options, defaults)
     attention = next((m for m in methods.values() if isinstance(m, AttentionMethod)), None)
-    general = {"density": density, "dense_steps": dense_steps, "dense_layers": dense_layers}
-    check_general(chosen, {**general, "min_tokens": min_tokens, "backend": backend})
-    check_backend(backend)
+    general: dict[str, Any] = {"density": density, "backend": backend, "precision": precision}
+    general |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "min_tokens": min_tokens}
+    check_general(chosen, general)
+    check_backend(backend, precision)
+    _check_exact(attention, precision)
     if density is not None:
         check_density(density)
     preset = _attention_preset(chosen, variants)
@@ -96,12 +113,11 @@ def accelerate_pipeline(
         preset.dense_layers if dense_layers is None else dense_layers,
         preset.min_tokens if min_tokens is None else min_tokens,
     )
-    runtime = Runtime(pipe, family, attention, schedule, backend, density)
+    runtime = Runtime(pipe, family, attention, schedule, backend, density, precision)
     runtime.recorder.notes += notes
     runtime.sessions = _start_sessions(pipe, runtime, methods.values())
-    names = [member for member in chosen if isinstance(member, str)]
-    sources = [preset_for(*variants, method=name).source for name in names] or [DEFAULT.source]
-    _replace(pipe, Acceleration(pipe, runtime, tuple(methods.values()), "; ".join(sources)))
+    source, compiling = _source(chosen, variants), _compile_options(compile)
+    _replace(pipe, Acceleration(pipe, runtime, tuple(methods.values()), source, compiling))
     return pipe
 
 
@@ -151,9 +167,15 @@ class Acceleration:
     """Methods attached to one pipeline: what was installed, and how to undo it."""
 
     def __init__(
-        self, pipe: Any, runtime: Runtime, methods: tuple[Method, ...], preset: str
+        self,
+        pipe: Any,
+        runtime: Runtime,
+        methods: tuple[Method, ...],
+        preset: str,
+        compiling: dict[str, Any] | None,
     ) -> None:
-        self.pipe, self.runtime, self.methods, self.preset = pipe, runtime, methods, preset
+        self.pipe, self.runtime, self.methods = pipe, runtime, methods
+        self.preset, self.compiling = preset, compiling
         self._name = compat.OWN_BACKENDS + uuid.uuid4().hex[:12]
         self._undo: list[Undo] = []
 
@@ -165,9 +187,10 @@ class Acceleration:
                 self._undo.append(forget)
                 self._undo.append(compat.add_attention_backend(self._name, function))
             for component in self.runtime.family.components:
-                transformer = _unwrap(getattr(self.pipe, component, None))
-                if transformer is not None:
-                    self._attach_transformer(transformer)
+                found = getattr(self.pipe, component, None)
+                if found is not None:
+                    self._compile(found)
+                    self._attach_transformer(_unwrap(found))
         except BaseException:
             self.restore()
             raise
@@ -192,15 +215,26 @@ class Acceleration:
                 "min_tokens": schedule.min_tokens,
                 "backend": runtime.backend,
                 "tuning": dict(runtime.recorder.tuning),
+                "precision": runtime.precision,
+                "compile": self.compiling is not None,
             },
             calls=tuple(recorder.calls),
             steps=tuple(recorder.steps),
             cache_bytes=recorder.cache_bytes,
-            policy=policy_rows(recorder.calls, recorder.steps, recorder.layer_blocks),
+            # What a cache says of a perturbed pass is more exact, so it comes last.
+            policy=policy_rows(
+                recorder.calls, [*recorder.perturbed, *recorder.steps], recorder.layer_blocks
+            ),
             forward_s=forward_seconds(recorder.forwards),
             rejected=dict(recorder.rejected),
             notes=tuple(recorder.notes),
+            perturbed=tuple(recorder.perturbed),
         )
+
+    def _compile(self, transformer: nn.Module) -> None:
+        if self.compiling is not None:
+            names = self.runtime.family.repeated_blocks
+            self._undo.append(compat.compile_blocks(transformer, names, self.compiling))
 
     def _attach_transformer(self, transformer: nn.Module) -> None:
         runtime = self.runtime
@@ -332,11 +366,13 @@ def _start_sessions(pipe: Any, runtime: Runtime, methods: Iterable[Method]) -> t
     """Return the working states of the cache and the guidance among the methods."""
     acting = [method for method in methods if isinstance(method, SessionMethod)]
     sessions = tuple(method.session(pipe, runtime.seam) for method in acting)
-    if runtime.method is None and any(isinstance(s, AttentionSession) for s in sessions):
-        raise OptionError(
-            f"{acting[0].name!r} acts on a sparse method's attention: add one, such as "
-            f"['radial', {acting[0].name!r}]."
-        )
+    for method, session in zip(acting, sessions, strict=True):
+        if runtime.method is None and session.needs_attention_method:
+            example = "radial" if isinstance(session, AttentionSession) else "dense"
+            raise OptionError(
+                f"{method.name!r} acts on an attention method's calls: add one, such as "
+                f"[{example!r}, {method.name!r}]."
+            )
     return sessions
 
 
@@ -365,11 +401,41 @@ def _settle_auto(
     return [name if member == "auto" else member for member in chosen], [note]
 
 
+def _source(chosen: Sequence[str | Method], variants: tuple[str, ...]) -> str:
+    """Say where the settings of the methods chosen by name come from."""
+    names = [member for member in chosen if isinstance(member, str)]
+    sources = [preset_for(*variants, method=name).source for name in names]
+    return "; ".join(sources or [DEFAULT.source])
+
+
 def _attention_preset(chosen: Sequence[str | Method], variants: tuple[str, ...]) -> Preset:
     """Return the published settings of the attention method, if it was chosen by name."""
     names = [name for name in chosen if isinstance(name, str)]
     attention = [name for name in names if method_class(name).kind == "attention"]
     return preset_for(*variants, method=attention[0]) if attention else DEFAULT
+
+
+def _check_exact(method: AttentionMethod | None, precision: str | None) -> None:
+    if precision is not None and method is not None and method.pools:
+        raise OptionError(
+            f"method {method.name!r} pools blocks, which are attended in the tensors' own dtype "
+            f"alone: leave {precision=} out, or choose e.g. 'radial' or 'gna' without a remainder."
+        )
+
+
+def _compile_options(compiling: bool | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments for ``torch.compile``, or None not to compile."""
+    if isinstance(compiling, bool):
+        return {} if compiling else None
+    if not isinstance(compiling, Mapping):
+        raise OptionError(
+            f"compile={compiling!r} must be True, False or torch.compile's keyword arguments."
+        )
+    valid = [*inspect.signature(torch.compile).parameters][1:]
+    for name in compiling:
+        if name not in valid:
+            raise OptionError(f"torch.compile has no option {name!r}.{did_you_mean(name, valid)}")
+    return dict(compiling)
 
 
 def _unwrap(transformer: Any) -> Any:

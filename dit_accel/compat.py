@@ -126,6 +126,47 @@ def ulysses_attention(
     )
 
 
+def compile_blocks(
+    transformer: nn.Module, unnamed: tuple[str, ...], options: dict[str, Any]
+) -> Callable[[], None]:
+    """Compile the repeated blocks, one by one, by diffusers' own method; return how to undo it.
+
+    Args:
+        transformer: a diffusers model.
+        unnamed: class names of its repeated blocks, for models of which diffusers names none.
+        options: keyword arguments of ``torch.compile``.
+
+    Raises:
+        OptionError: if the model is compiled already, or this diffusers can't compile blocks.
+    """
+    if hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None:
+        raise OptionError("this transformer is compiled as a whole already: leave compile out.")
+    compile_repeated: Any = getattr(transformer, "compile_repeated_blocks", None)
+    if compile_repeated is None:
+        raise OptionError(
+            f"compile needs compile_repeated_blocks of diffusers, which {type(transformer)} does "
+            "not have: use diffusers 0.36 or newer."
+        )
+    parts = [module for module in transformer.modules() if module is not transformer]
+    before = [(module, module._compiled_call_impl) for module in parts]
+
+    def undo() -> None:
+        for module, call in before:
+            module._compiled_call_impl = call
+
+    named: Any = getattr(transformer, "_repeated_blocks", None)
+    try:
+        if not named:
+            transformer.__dict__["_repeated_blocks"] = list(unnamed)
+        compile_repeated(**options)
+    except BaseException:
+        undo()
+        raise
+    finally:
+        transformer.__dict__.pop("_repeated_blocks", None)
+    return undo
+
+
 def ring_degree(parallel_config: Any) -> int:
     """Return how many ranks a parallel config splits keys and values over."""
     context = getattr(parallel_config, "context_parallel_config", None)

@@ -32,6 +32,7 @@ def sparse_attention(
     text_length: int = 0,
     scale: float | None = None,
     backend: str = "auto",
+    precision: str | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend by a method, once, without a pipeline.
@@ -44,6 +45,7 @@ def sparse_attention(
         text_length: text tokens behind the video; they see, and are seen by, everything.
         scale: softmax scale; ``D ** -0.5`` if None.
         backend: "auto" or the name of an operator.
+        precision: "fp8", "int8_fp8" or "int8" to round to 8 bits, as `accelerate_pipeline` says.
         return_lse: also return the natural-log LSE of the scaled scores.
 
     Returns:
@@ -64,7 +66,7 @@ def sparse_attention(
             "must have one shape, [B, N, H, D]."
         )
     check_tokens(query.shape[1], layout.grid, text_length)
-    check_backend(backend)
+    check_backend(backend, precision)
     resolved = resolve_method(method)
     if not isinstance(resolved, AttentionMethod):
         raise OptionError(f"{resolved.name!r} is a {resolved.kind}: give an attention method.")
@@ -79,13 +81,13 @@ def sparse_attention(
         plan = _static_plan(resolved, layout, order, query.device)
     else:
         plan = resolved.plan(AttentionCall(layout), query, key, value, order)
-    if isinstance(plan, DensePlan) and not return_lse:
+    if isinstance(plan, DensePlan) and not return_lse and precision is None:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
         lse = None
     else:
         listed = _listed(plan, layout, query.device)
-        operator = choose_operator(backend, make_operators(), listed, query).operator
+        operator = choose_operator(backend, make_operators(precision), listed, query).operator
         out, lse = operator.run(query, key, value, listed, scale, return_lse)
     if scatter is not None:
         out = out.index_select(1, scatter)

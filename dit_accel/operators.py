@@ -21,6 +21,12 @@ from torch import Tensor
 from dit_accel.call import text_back, text_last
 from dit_accel.errors import OperatorUnavailableError, OptionError, did_you_mean
 from dit_accel.kernels.backend import why_no_gluon, why_no_hopper_kernel
+from dit_accel.kernels.precision import (
+    PRECISIONS,
+    check_precision,
+    why_no_hopper_precision,
+    why_no_precision,
+)
 from dit_accel.kernels.statistics import block_statistics
 from dit_accel.kernels.tuning import Tuning
 from dit_accel.plan import BlockSparsePlan, JointPlan
@@ -42,6 +48,12 @@ class Operator(ABC):
     """A way to compute block-sparse attention."""
 
     name: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]] = ()
+    """What it can round to, beside computing in the tensors' own dtype."""
+
+    precision: str | None = None
+    """What it rounds to here; None for nothing."""
+    tunings: Tunings = field(default_factory=Tunings, compare=False)
 
     @abstractmethod
     def why_not_here(self) -> str | None:
@@ -78,8 +90,7 @@ class TritonOperator(Operator):
     """This package's Triton kernel: any size, any head size up to 256, text in place."""
 
     name: ClassVar[str] = "triton"
-
-    tunings: Tunings = field(default_factory=Tunings, compare=False)
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
 
     def tuning(self, device: torch.device) -> Tuning:
         """Return the settings measured on this card, if they were."""
@@ -99,9 +110,15 @@ class TritonOperator(Operator):
         """Check device, dtype, head size and block size too."""
         if reason := self.unavailable:
             return reason
+        size = _smallest_block(plan)
+        if self.precision is not None:
+            if isinstance(plan, JointPlan):
+                return "pooled blocks and stand-ins are attended in the tensors' own dtype alone"
+            head_size = query.shape[-1]
+            return why_no_precision(self.precision, query.device, query.dtype, head_size, size)
         from dit_accel.kernels.block_sparse import why_unavailable
 
-        if (size := _smallest_block(plan)) < 16:
+        if size < 16:
             return f"block size {size} is under 16"
         return why_unavailable(query.device, query.dtype, query.shape[-1])
 
@@ -127,19 +144,18 @@ class TritonOperator(Operator):
                 return_lse=return_lse,
             )
             return joint if isinstance(joint, tuple) else (joint, None)
-        from dit_accel.kernels.block_sparse import block_sparse_attention
+        options = _text_and_scale(plan, scale, return_lse)
+        if self.precision is not None:
+            from dit_accel.kernels.block_sparse_quantised import quantised_block_sparse_attention
 
-        result = block_sparse_attention(
-            query,
-            key,
-            value,
-            plan.tiles,
-            text_length=plan.layout.text_length,
-            text_first=plan.layout.text_first,
-            scale=scale,
-            return_lse=return_lse,
-            config=self.tuning(query.device).kernel_config(query.shape[-1], query.element_size()),
-        )
+            result = quantised_block_sparse_attention(
+                query, key, value, plan.tiles, self.precision, **options
+            )
+        else:
+            from dit_accel.kernels.block_sparse import block_sparse_attention
+
+            config = self.tuning(query.device).kernel_config(query.shape[-1], query.element_size())
+            result = block_sparse_attention(query, key, value, plan.tiles, config=config, **options)
         return result if isinstance(result, tuple) else (result, None)
 
 
@@ -148,8 +164,7 @@ class HopperOperator(Operator):
     """This package's Gluon kernel for Hopper: exact blocks of 128, head sizes 64 and 128."""
 
     name: ClassVar[str] = "hopper"
-
-    tunings: Tunings = field(default_factory=Tunings, compare=False)
+    precisions: ClassVar[tuple[str, ...]] = ("fp8", "int8_fp8")
 
     def tuning(self, device: torch.device) -> Tuning:
         """Return the settings measured on this card, if they were."""
@@ -168,8 +183,10 @@ class HopperOperator(Operator):
             return reason
         if isinstance(plan, JointPlan):
             return "the plan has pooled blocks or stand-ins"
-        block_size = int(plan.video_mask.BLOCK_SIZE[0])
-        return why_no_hopper_kernel(query.device, query.dtype, query.shape[-1], block_size)
+        call = query.device, query.dtype, query.shape[-1], int(plan.video_mask.BLOCK_SIZE[0])
+        if self.precision is not None:
+            return why_no_hopper_precision(self.precision, *call)
+        return why_no_hopper_kernel(*call)
 
     def run(
         self,
@@ -181,22 +198,22 @@ class HopperOperator(Operator):
         return_lse: bool,
     ) -> AttentionOutput:
         """Run `hopper_block_sparse_attention` of `dit_accel.kernels`."""
-        from dit_accel.kernels.block_sparse_hopper import hopper_block_sparse_attention
+        tiles, options = _exact(plan).tiles, _text_and_scale(plan, scale, return_lse)
+        if self.precision is not None:
+            from dit_accel.kernels import block_sparse_hopper_quantised as rounding
 
-        tiles, text_length = _exact(plan).tiles, plan.layout.text_length
-        result = hopper_block_sparse_attention(
-            query,
-            key,
-            value,
-            tiles,
-            text_length=text_length,
-            text_first=plan.layout.text_first,
-            scale=scale,
-            return_lse=return_lse,
-            config=self.tuning(query.device).hopper_config(
-                query.shape[-1], tiles.longest, text_length > 0
-            ),
-        )
+            result = rounding.hopper_quantised_attention(
+                query, key, value, tiles, self.precision, **options
+            )
+        else:
+            from dit_accel.kernels.block_sparse_hopper import hopper_block_sparse_attention
+
+            config = self.tuning(query.device).hopper_config(
+                query.shape[-1], tiles.longest, plan.layout.text_length > 0
+            )
+            result = hopper_block_sparse_attention(
+                query, key, value, tiles, config=config, **options
+            )
         return result if isinstance(result, tuple) else (result, None)
 
 
@@ -343,17 +360,18 @@ class TorchOperator(Operator):
         return out, None if lse is None else text_back(lse, plan.layout, dim=2)
 
 
-def make_operators() -> Mapping[str, Operator]:
-    """Return one of each operator, by name; what a card was tuned to is read on first use."""
+OPERATORS: tuple[type[Operator], ...] = (
+    HopperOperator, TritonOperator, FlashAttention4Operator, FlexOperator, TorchOperator,
+)  # fmt: skip
+
+
+def make_operators(precision: str | None = None) -> Mapping[str, Operator]:
+    """Return one of each operator, by name, to run in ``precision``.
+
+    What a card was tuned to is read on first use, once for all of them.
+    """
     tunings = Tunings()
-    operators = (
-        HopperOperator(tunings),
-        TritonOperator(tunings),
-        FlashAttention4Operator(),
-        FlexOperator(),
-        TorchOperator(),
-    )
-    return MappingProxyType({operator.name: operator for operator in operators})
+    return MappingProxyType({cls.name: cls(precision, tunings) for cls in OPERATORS})
 
 
 def list_operators() -> list[Operator]:
@@ -361,11 +379,20 @@ def list_operators() -> list[Operator]:
     return list(make_operators().values())
 
 
-def check_backend(backend: str) -> None:
-    """Raise `OptionError` unless ``backend`` is "auto" or the name of an operator."""
-    names = [*make_operators(), "auto"]
+def check_backend(backend: str, precision: str | None = None) -> None:
+    """Raise `OptionError` unless ``backend`` is "auto" or the name of an operator.
+
+    Likewise if ``precision`` is unknown, or something that this operator doesn't have anywhere.
+    """
+    names = [*(cls.name for cls in OPERATORS), "auto"]
     if backend not in names:
         raise OptionError(f"unknown backend {backend!r}.{did_you_mean(backend, names)}")
+    check_precision(precision)
+    having = [cls.name for cls in OPERATORS if precision in cls.precisions]
+    if precision is not None and backend not in ("auto", *having):
+        raise OptionError(
+            f"backend {backend!r} has no {precision=}: choose backend='auto' or one of {having}."
+        )
 
 
 @dataclass(frozen=True)
@@ -385,15 +412,21 @@ def choose_operator(
         OperatorUnavailableError: if an operator asked for by name can't run this call.
     """
     if backend != "auto":
-        if reason := operators[backend].why_not(plan, query):
+        operator = operators[backend]
+        if reason := operator.why_not(plan, query):
+            remedy = "backend='auto'" if operator.precision is None else "no precision"
             raise OperatorUnavailableError(
-                f"backend {backend!r} can't run here: {reason}. Use backend='auto', or see "
+                f"backend {backend!r} can't run here: {reason}. Use {remedy}, or see "
                 "`dit-accel doctor`."
             )
-        return Choice(operators[backend], ())
+        return Choice(operator, ())
     # "hopper" is not among them: its loop with masks has been compiled and read, not run.
-    gpu = ("triton", "flash-attn-4", "flex", "torch")
-    preferred = ("torch",) if query.device.type in UNCOMPILED else gpu
+    preferred = ["triton", "flash-attn-4", "flex", "torch"]
+    precision = operators["triton"].precision
+    if precision is not None:
+        preferred = [name for name in preferred if precision in operators[name].precisions]
+    elif query.device.type in UNCOMPILED:
+        preferred = ["torch"]
     rejected: list[tuple[str, str]] = []
     for name in preferred:
         reason = operators[name].why_not(plan, query)
@@ -401,6 +434,11 @@ def choose_operator(
             return Choice(operators[name], tuple(rejected))
         rejected.append((name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
+    if precision is not None:
+        raise OperatorUnavailableError(
+            f"{precision=} can't run here: {reasons}. Leave precision out to attend in the "
+            "tensors' own dtype."
+        )
     raise OperatorUnavailableError(f"no operator can run this call ({reasons}).")
 
 
@@ -415,6 +453,12 @@ def _exact(plan: SparsePlan) -> BlockSparsePlan:
     if isinstance(plan, JointPlan):
         raise OperatorUnavailableError(f"this operator can't run the plan: {POOLED}.")
     return plan
+
+
+def _text_and_scale(plan: SparsePlan, scale: float | None, return_lse: bool) -> dict[str, Any]:
+    """The arguments that our exact kernels have in common."""
+    text = {"text_length": plan.layout.text_length, "text_first": plan.layout.text_first}
+    return {**text, "scale": scale, "return_lse": return_lse}
 
 
 def joint_options(

@@ -28,6 +28,7 @@ class CallRecord:
         branch: guidance branch.
         plan: what was run.
         operator: who ran it; "dense" for diffusers' own attention.
+        precision: what its products were rounded to: "fp8" and the like, or the tensors' dtype.
         reason: why it was dense; empty if it was sparse.
     """
 
@@ -36,6 +37,7 @@ class CallRecord:
     branch: str
     plan: DensePlan | BlockSparsePlan | PastJointPlan
     operator: str
+    precision: str
     reason: str = ""
 
     @property
@@ -77,6 +79,7 @@ class Recorder:
     generation: int = -1
     calls: list[CallRecord] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
+    perturbed: list[StepRecord] = field(default_factory=list)
     cache_bytes: int = 0
     layer_blocks: tuple[int | None, ...] = ()
     forwards: list[tuple[int | None, Any, Any]] = field(default_factory=list)
@@ -90,6 +93,7 @@ class Recorder:
             self.generation = generation
             self.calls.clear()
             self.steps.clear()
+            self.perturbed.clear()
             self.cache_bytes = 0
             self.forwards.clear()
 
@@ -114,6 +118,8 @@ class AccelerationReport:
         forward_s: seconds per denoising step spent in transformers.
         rejected: operators that ``backend="auto"`` passed over, with the reason.
         notes: fallbacks and warnings.
+        perturbed: with a guidance, one record per perturbed pass; blocks below the first perturbed
+            one did not run where the conditional pass's were shared.
     """
 
     methods: tuple[Method, ...]
@@ -126,6 +132,7 @@ class AccelerationReport:
     forward_s: dict[int | None, float]
     rejected: dict[str, str]
     notes: tuple[str, ...]
+    perturbed: tuple[StepRecord, ...] = ()
 
     @property
     def method(self) -> str:
@@ -164,6 +171,13 @@ class AccelerationReport:
         ran = sum(sum(step.ran) for step in self.steps)
         return 1 - ran / self.block_calls if self.block_calls else None
 
+    @property
+    def perturbed_share(self) -> float | None:
+        """Share of all blocks that ran in the perturbed passes; None without one."""
+        if not self.perturbed:
+            return None
+        return _mean([sum(step.ran) / len(step.ran) for step in self.perturbed])
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-ready values."""
         steps: dict[str, dict[str, Any]] = {}
@@ -196,11 +210,13 @@ class AccelerationReport:
                     "branch": call.branch,
                     "density": call.density,
                     "operator": call.operator,
+                    "precision": call.precision,
                     "dense_because": call.reason,
                 }
                 for call in self.calls
             ],
             "cache": self._cache_dict() if self.steps else None,
+            "guidance": self._guidance_dict() if self.perturbed else None,
             "policy": {
                 "legend": LEGEND,
                 "rows": [[row.step, row.branch, row.marks] for row in self.policy],
@@ -228,6 +244,16 @@ class AccelerationReport:
             ],
         }
 
+    def _guidance_dict(self) -> dict[str, Any]:
+        return {
+            "extra_passes": sum(step.branch == "perturbed" for step in self.perturbed),
+            "blocks_share": self.perturbed_share,
+            "steps": [
+                {"step": step.step, "branch": step.branch, "blocks_run": sum(step.ran)}
+                for step in self.perturbed
+            ],
+        }
+
     def tables(self) -> list[Table]:
         """Return what attention did and what the cache did, as far as they are attached."""
         tables = []
@@ -246,15 +272,23 @@ class AccelerationReport:
         if self.sparse_density is not None:
             title += f", {self.sparse_density:.3f} where sparse"
         table = Table(title=title, caption="\n".join(self._remarks()) or None)
-        for column in ("attention calls", "operator", "density", "computed", "why dense"):
+        for column in (
+            "attention calls",
+            "operator",
+            "precision",
+            "density",
+            "computed",
+            "why dense",
+        ):
             table.add_column(column)
-        groups: dict[tuple[str, str], list[CallRecord]] = {}
+        groups: dict[tuple[str, str, str], list[CallRecord]] = {}
         for call in self.calls:
-            groups.setdefault((call.operator, call.reason), []).append(call)
-        for (operator, reason), calls in groups.items():
+            groups.setdefault((call.operator, call.precision, call.reason), []).append(call)
+        for (operator, precision, reason), calls in groups.items():
             table.add_row(
                 str(len(calls)),
                 operator,
+                precision,
                 f"{_mean([c.density for c in calls]):.3f}",
                 f"{_mean([c.block_density for c in calls]):.3f}",
                 reason,
@@ -303,7 +337,15 @@ class AccelerationReport:
         rejected = [f"{name} passed over: {why}" for name, why in self.rejected.items()]
         tuning = self.settings.get("tuning", {}).items()
         tiles = [f"tile shapes of {name}: {source}" for name, source in tuning]
-        return rejected + tiles + list(self.notes)
+        return rejected + tiles + self._guidance_remarks() + list(self.notes)
+
+    def _guidance_remarks(self) -> list[str]:
+        if not self.perturbed:
+            return []
+        extra = sum(step.branch == "perturbed" for step in self.perturbed)
+        if not extra:
+            return [f"{len(self.perturbed)} unconditional passes perturbed, none added"]
+        return [f"{extra} perturbed passes added, {self.perturbed_share:.0%} of the blocks in each"]
 
 
 def forward_seconds(forwards: list[tuple[int | None, Any, Any]]) -> dict[int | None, float]:

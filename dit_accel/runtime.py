@@ -16,6 +16,7 @@ from dit_accel.call import AttentionCall, TokenLayout, text_back, text_last
 from dit_accel.compat import dense_attention
 from dit_accel.errors import ContextParallelError
 from dit_accel.grid import RASTER, TokenOrder, check_tokens
+from dit_accel.kernels.precision import check_device
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.methods.selecting import SelectingMethod
 from dit_accel.operators import choose_operator, make_operators
@@ -23,7 +24,7 @@ from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
 from dit_accel.plan import AttentionPlan, BlockSparsePlan, DensePlan, JointPlan, PastJointPlan
 from dit_accel.report import CallRecord, Recorder
 from dit_accel.schedule import Schedule
-from dit_accel.session import AttentionSession, Forward, Seam, Session
+from dit_accel.session import AttentionSession, Forward, OutputSession, Seam, Session
 from dit_accel.tracking import CallTracker, Moment
 
 
@@ -59,10 +60,11 @@ class Runtime:
         schedule: Schedule,
         backend: str,
         density: float | None,
+        precision: str | None,
     ) -> None:
         self.family, self.schedule = family, schedule
         self.method = method  # None: attention stays as it is
-        self.backend, self.density = backend, density
+        self.backend, self.density, self.precision = backend, density, precision
         self.dense_backend: Any = None  # the diffusers backend that dense calls use
         self.tracker = CallTracker(pipe)
         self.recorder = Recorder()
@@ -70,7 +72,7 @@ class Runtime:
         self.sessions: Sequence[Session] = ()
         self.shuffle = TokenShuffle()
         self.layer: Tensor | None = None  # 0-d, so that all compiled blocks share one graph
-        self._operators = make_operators()
+        self._operators = make_operators(precision)
         self._started: tuple[Moment, Any] | None = None  # of the running forward, and when
         self._running: RunningForward | None = None
         self._methods: dict[TokenLayout, AttentionMethod] = {}
@@ -84,6 +86,7 @@ class Runtime:
         self, transformer: nn.Module, kwargs: dict[str, Any], num_layers: int, parallel: bool
     ) -> dict[str, Any]:
         """Prepare one forward of ``transformer``; return the arguments to run it with."""
+        check_device(self.precision, kwargs["hidden_states"].device)
         moment = self.tracker.advance(kwargs.get("timestep"))
         if moment.generation != self.recorder.generation:
             self._selections.clear()
@@ -182,6 +185,22 @@ class Runtime:
         layer: Tensor | None,
     ) -> Tensor:
         """Run one layer's attention on ``[B, N, H, D]`` and record what was done."""
+        output = self._attend(query, key, value, mask, scale, layer)
+        if layer is not None and self._running is not None and query.shape[1] == key.shape[1]:
+            for session in self.sessions:
+                if isinstance(session, OutputSession):
+                    output = session.attended(int(layer), (query, key, value), scale, output)
+        return output
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        layer: Tensor | None,
+    ) -> Tensor:
         running = self._running
         if running is None or query.shape[1] != key.shape[1]:
             return self._dense(query, key, value, mask, scale)
@@ -262,10 +281,11 @@ class Runtime:
             return self._dense(query, key, value, None, scale, call, plan.reason)
         choice = choose_operator(self.backend, self._operators, plan, query)
         self.recorder.rejected.update(choice.rejected)
+        precision = self.precision or _dtype_name(query)
+        self._record(call, plan, choice.operator.name, precision)
         tuning = choice.operator.tuning(query.device)
-        if tuning is not None and isinstance(plan, BlockSparsePlan):
+        if tuning is not None and self.precision is None and isinstance(plan, BlockSparsePlan):
             self.recorder.tuning[choice.operator.name] = tuning.source
-        self._record(call, plan, choice.operator.name)
         run = partial(choice.operator.run, scale=scale)
         for session in self.sessions:
             if isinstance(session, AttentionSession):
@@ -328,17 +348,18 @@ class Runtime:
         reason: str = "",
     ) -> Tensor:
         if call is not None:
-            self._record(call, DensePlan(reason), "dense", reason)
+            self._record(call, DensePlan(reason), "dense", _dtype_name(query), reason)
         return dense_attention(
             query, key, value, mask=mask, scale=scale, backend=self.dense_backend
         )
 
     def _record(
-        self, call: AttentionCall, plan: AttentionPlan, operator: str, reason: str = ""
-    ) -> None:
+        self, call: AttentionCall, plan: AttentionPlan, operator: str, precision: str,
+        reason: str = "",
+    ) -> None:  # fmt: skip
         past = PastJointPlan(plan.computed_share) if isinstance(plan, JointPlan) else plan
         self.recorder.calls.append(
-            CallRecord(call.step, call.layer, call.branch, past, operator, reason)
+            CallRecord(call.step, call.layer, call.branch, past, operator, precision, reason)
         )
 
     def _call_indices(
@@ -377,6 +398,10 @@ def _with_rows(rows: int, layout: TokenLayout, running: RunningForward) -> Token
     if len(running.layouts) == 1:
         check_tokens(rows, layout.grid, layout.text_length)
     return layout
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _mark(like: Any) -> Any:

@@ -86,6 +86,11 @@ class Session(ABC):
     def begin(self) -> None:
         """Forget everything: a new generation is about to run."""
 
+    @property
+    def needs_attention_method(self) -> bool:
+        """Whether it acts inside the attention calls of an attention method."""
+        return False
+
     def enter(self, forward: Forward) -> None:
         """A transformer is about to run."""
         return None
@@ -97,6 +102,11 @@ class Session(ABC):
 
 class AttentionSession(Session):
     """A session that also stands in front of the attention operators of a sparse method."""
+
+    @property
+    def needs_attention_method(self) -> bool:
+        """See `Session.needs_attention_method`."""
+        return True
 
     @abstractmethod
     def attend(
@@ -118,6 +128,23 @@ class AttentionSession(Session):
         """
 
 
+class OutputSession(Session):
+    """A session that may change what attention gives, where an attention method runs."""
+
+    @abstractmethod
+    def attended(
+        self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], scale: float | None, output: Tensor
+    ) -> Tensor:
+        """Return the output of one call, ``[B, N, H, D]``, changed or as it is.
+
+        Args:
+            layer: attention layer from 0, as the family counts them.
+            qkv: query, key and value ``[B, N, H, D]``, normed and rotated.
+            scale: of the logits; None for ``D ** -0.5``.
+            output: of the attention, sparse or dense.
+        """
+
+
 class Seam:
     """What an acceleration offers to its sessions."""
 
@@ -125,11 +152,19 @@ class Seam:
         self.family, self.tracker, self.recorder = family, tracker, recorder
         self._interceptions: dict[nn.Module, Interception] = {}
 
-    def intercept(self, module: nn.Module, run: Run) -> None:
-        """Let ``run`` stand in front of a module's calls; of several, the last is outermost."""
+    def intercept(self, module: nn.Module, run: Run, *, innermost: bool = False) -> None:
+        """Let ``run`` stand in front of a module's calls.
+
+        Of several, the last is outermost, or with ``innermost`` next to the module.
+        """
         if module not in self._interceptions:
             self._interceptions[module] = Interception(module)
-        self._interceptions[module].runs.append(run)
+        runs = self._interceptions[module].runs
+        runs.insert(0 if innermost else len(runs), run)
+
+    def interceptions(self, module: nn.Module) -> int:
+        """Return how many stand in front of a module."""
+        return len(self._interceptions[module].runs) if module in self._interceptions else 0
 
     def renew(self, transformer: nn.Module) -> None:
         """Stand in front again of what was compiled since.
@@ -202,3 +237,18 @@ def arguments_by_name(
     named = dict(bound.arguments)
     named.pop("self", None)
     return named
+
+
+def sample_of(output: Any) -> Tensor:
+    """Return the prediction in a transformer's output, a tuple or an object."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output.sample
+    return found
+
+
+def like_output(sample: Tensor, named: Mapping[str, Any]) -> Any:
+    """Return a prediction in the form that a transformer called with ``named`` would give it."""
+    if named.get("return_dict", True):
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=sample)
+    return (sample,)

@@ -148,3 +148,35 @@ def test_other_damage_is_one_error_too(tmp_path, file):
         (model / file).unlink()
     with pytest.raises(OptionError, match="could not be loaded"):
         load_pipeline(str(model))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_bundled_models_are_stock_pipelines_that_generate(name):
+    pipe = load_pipeline(name)
+    assert type(pipe).__module__.startswith("diffusers.")
+    frames = {"num_frames": 5} if generation_defaults(name).frames else {}
+    generated = pipe(
+        "a red circle on a gray background",
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+        **frames,
+    )
+    pictures = generated.frames[0] if frames else generated.images
+    assert pictures.shape[-3:] == (3, 64, 64)
+    assert pictures.isfinite().all()
+    assert pictures.std() > 0.01
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_cards_state_what_was_measured(name):
+    card = (model_folder(name) / "README.md").read_text()
+    for part in (
+        "## Data",
+        "## Training",
+        "## How well it follows a prompt",
+        "## What it can't do",
+    ):
+        assert part in card

@@ -14,7 +14,7 @@ from dit_accel import compat
 from dit_accel.caching.base import Cache, check_count, few_steps, note_idle
 from dit_accel.report import StepRecord
 from dit_accel.schedule import Steps, check_steps, count_steps
-from dit_accel.session import Seam, Session, arguments_by_name
+from dit_accel.session import Seam, Session, arguments_by_name, like_output, sample_of
 from dit_accel.tracking import Moment
 
 
@@ -107,7 +107,7 @@ class UnconditionalSession(Session):
         if moment.branch in ("cond", "uncond"):
             self._record(moment, True, transformer)
         if moment.branch == "cond":
-            self._cond = _sample(output)
+            self._cond = sample_of(output)
             if _is_last(moment):
                 self._end()
         return output
@@ -131,9 +131,9 @@ class UnconditionalSession(Session):
         self._record(moment, kept is None, transformer)
         if kept is None:
             output = inner(**named)
-            self._keep(transformer, moment, _sample(output) - cond)
+            self._keep(transformer, moment, sample_of(output) - cond)
             return output
-        return _like_output(cond + kept, named)
+        return like_output(cond + kept, named)
 
     def _batched(
         self,
@@ -155,11 +155,11 @@ class UnconditionalSession(Session):
         self._record(replace(moment, branch="uncond"), kept is None, transformer)
         self._record(replace(moment, branch="cond"), True, transformer)
         if kept is None:
-            uncond, cond = _sample(output).chunk(2)
+            uncond, cond = sample_of(output).chunk(2)
             self._keep(transformer, moment, uncond - cond)
             return output
-        cond = _sample(output)
-        return _like_output(torch.cat([cond + kept, cond]), named)
+        cond = sample_of(output)
+        return like_output(torch.cat([cond + kept, cond]), named)
 
     def _usable(self, transformer: nn.Module, moment: Moment, like: Tensor) -> Tensor | None:
         """Return the kept difference if this step may do with it."""
@@ -185,20 +185,6 @@ class UnconditionalSession(Session):
         if moment.branch == "uncond":
             self._passes_skipped = (self._passes_skipped or 0) + (not ran)
         self.seam.recorder.steps.append(StepRecord(moment.step, moment.branch, blocks, why))
-
-
-def _sample(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output.sample
-    return found
-
-
-def _like_output(sample: Tensor, named: dict[str, Any]) -> Any:
-    """Return a sample in the form that the transformer would give it."""
-    if named.get("return_dict", True):
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=sample)
-    return (sample,)
 
 
 def _is_last(moment: Moment) -> bool:

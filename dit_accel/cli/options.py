@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "float16", "bfloat16")
-GENERAL = ("density", "dense_steps", "dense_layers", "min_tokens", "backend")
+GENERAL = ("density", "dense_steps", "dense_layers", "min_tokens", "backend", "precision")
 """Options of `accelerate_pipeline` that go with every attention method."""
 
 
@@ -188,7 +188,7 @@ def _check(method: str, values: dict[str, Any]) -> None:
     from dit_accel.operators import check_backend
     from dit_accel.schedule import Schedule
 
-    check_backend(values.get("backend", "auto"))
+    check_backend(values.get("backend", "auto"), values.get("precision"))
     if values.get("density") is not None:
         check_density(values["density"])
     schedule = (values.get(name) for name in ("dense_steps", "dense_layers", "min_tokens"))

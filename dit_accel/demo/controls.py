@@ -22,6 +22,7 @@ HELP = {
     "dense_layers": "First layers that stay dense.",
     "min_tokens": "Videos of fewer tokens stay dense.",
     "backend": "Who computes sparse attention: auto, torch, triton, ...",
+    "precision": "8-bit attention on a GPU: fp8, int8_fp8 or int8.",
 }
 SETTINGS = {
     "steps": "Steps",

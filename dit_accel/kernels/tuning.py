@@ -31,6 +31,11 @@ class KernelConfig:
     num_stages: int
     use_tma: bool = False
 
+    def cut_to(self, block_size: int) -> KernelConfig:
+        """This configuration with tiles no larger than a block of the lists."""
+        block_m, block_n = min(self.block_m, block_size), min(self.block_n, block_size)
+        return replace(self, block_m=block_m, block_n=block_n)
+
 
 def kernel_config(capability: tuple[int, int], head_size: int, itemsize: int) -> KernelConfig:
     """Return the configuration for a GPU; measured on Hopper (H200), estimated elsewhere.
@@ -50,6 +55,22 @@ def kernel_config(capability: tuple[int, int], head_size: int, itemsize: int) ->
     if head_size > 128:
         return KernelConfig(64, 32, 4, 2)
     return KernelConfig(128, 64 if head_size <= 64 else 32, 4, 3)
+
+
+def quantised_config(capability: tuple[int, int], head_size: int, precision: str) -> KernelConfig:
+    """Return the configuration of the 8-bit kernel: compiled without spills, not yet measured.
+
+    Args:
+        capability: CUDA compute capability, such as ``(9, 0)``.
+        head_size: head size after padding to a power of two.
+        precision: see `quantised_reference.py`.
+    """
+    hopper = capability[0] >= 9 and capability[0] < 12
+    if head_size > 128:
+        return KernelConfig(64, 32, 4, 2, use_tma=hopper)
+    if hopper and precision != "int8":
+        return KernelConfig(64, 128, 4, 3, use_tma=True)
+    return KernelConfig(128, 64, 8 if head_size > 64 else 4, 3, use_tma=hopper)
 
 
 @dataclass(frozen=True)

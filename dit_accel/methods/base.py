@@ -39,6 +39,11 @@ class AttentionMethod(Method):
 
     kind: ClassVar[str] = "attention"
 
+    @property
+    def pools(self) -> bool:
+        """Whether plans hold pooled blocks or stand-ins, beside tokens attended exactly."""
+        return False
+
     @abstractmethod
     def plan(
         self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, order: TokenOrder
@@ -87,6 +92,11 @@ class StaticMethod(AttentionMethod):
             raise OptionError(f"block_size={size!r} must be a power of two.")
         if self.remainder not in ("none", "pooled"):
             raise OptionError(f"remainder={self.remainder!r} must be 'none' or 'pooled'.")
+
+    @property
+    def pools(self) -> bool:
+        """Only with ``remainder="pooled"``."""
+        return self.remainder == "pooled"
 
     @abstractmethod
     def allowed(self, layout: TokenLayout, device: torch.device | str = "cpu") -> TokenPredicate:

@@ -49,6 +49,11 @@ class SelectingMethod(AttentionMethod):
             )
 
     @property
+    def pools(self) -> bool:
+        """Always: what is left out is at least weighed by its blocks' means."""
+        return True
+
+    @property
     @abstractmethod
     def block_sizes(self) -> tuple[int, int]:
         """Tokens per query block and per key block."""

@@ -86,8 +86,12 @@ class PipelineFamily(ABC):
     pipelines: ClassVar[str]
     """The diffusers pipelines, for the documentation."""
     components: ClassVar[tuple[str, ...]] = ("transformer",)
+    repeated_blocks: ClassVar[tuple[str, ...]] = ()
+    """Class names of the repeated blocks, where diffusers itself names none to compile."""
     block_output: ClassVar[tuple[str, ...]] = ("video", "text")
     """The streams that a block returns, in its order. All blocks take video first, then text."""
+    text_first: ClassVar[bool] = False
+    """Whether text comes first where both streams are one sequence."""
 
     def variants(self, pipe: Any) -> tuple[str, ...]:
         """Return the names under which published settings are looked up, most specific first."""

@@ -34,6 +34,7 @@ class Flux(PipelineFamily):
     transformer_classes: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
     pipelines: ClassVar[str] = "FluxPipeline (dev, schnell), FluxKontextPipeline, FluxFillPipeline"
     block_output: ClassVar[tuple[str, ...]] = ("text", "video")
+    text_first: ClassVar[bool] = True
 
     grids: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Grid by position-id tensor: read from the device once per generation, not per step."""

@@ -31,6 +31,7 @@ class StableDiffusion3(PipelineFamily):
     name: ClassVar[str] = "sd3"
     transformer_classes: ClassVar[tuple[str, ...]] = ("SD3Transformer2DModel",)
     pipelines: ClassVar[str] = "StableDiffusion3Pipeline (3, 3.5) and its img2img and inpaint forms"
+    repeated_blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     block_output: ClassVar[tuple[str, ...]] = ("text", "video")
 
     def attention_layers(self, transformer: Any) -> list[Any]:

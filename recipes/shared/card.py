@@ -2,6 +2,7 @@
 
     python -m recipes.shared.card dit_accel/models/tiny-flux --following follow.json
 
+`following.png` in the folder, the sheet of that run, is shown if it is there.
 The last section, what the model can't do, is written by hand: a card that is there keeps its own.
 """
 
@@ -76,7 +77,7 @@ def following(result: dict[str, Any]) -> list[str]:
     kinds = [k for k in shares if k not in ("all", "attributes")]
     size = "x".join(str(settings[k]) for k in ("frames", "height", "width") if settings.get(k))
     return [
-        f"`dit-accel eval follow`, {settings['prompts']} fixed prompts at {size}, "
+        f"`dit-accel eval follow`, {len(result['rows'])} fixed prompts at {size}, "
         f"{settings['steps']} steps, guidance {settings['guidance']}:",
         "",
         "| attribute | right |",
@@ -99,6 +100,7 @@ def main() -> None:
     defaults = GenerationDefaults(**json.loads((args.folder / "dit_accel.json").read_text()))
     world = defaults.world or "clips"
     name, card = args.folder.resolve().name, args.folder / "README.md"
+    sheet = args.folder / "following.png"
     total = sum(f.stat().st_size for f in args.folder.rglob("*.safetensors"))
     old = card.read_text() if card.exists() else ""
     limits = old[old.index(LIMITS) :] if LIMITS in old else f"{LIMITS}\n\nTo be written.\n"
@@ -132,6 +134,7 @@ def main() -> None:
         "## How well it follows a prompt",
         "",
         *following(json.loads(args.following.read_text())),
+        *(["", "![All prompts in order](following.png)"] if sheet.exists() else []),
         "",
     ]
     card.write_text("\n".join(lines) + "\n" + limits)

@@ -9,6 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from dit_accel.kernels import block_sparse_hopper as kernel
+from dit_accel.kernels import block_sparse_hopper_quantised as rounding
 from dit_accel.kernels.tuning import HopperConfig
 
 
@@ -41,6 +42,22 @@ def compiled(head_size: int, config: HopperConfig) -> Any:
     )  # fmt: skip
 
 
+def quantised(head_size: int, low: torch.dtype) -> Any:
+    """Compile the 8-bit kernel."""
+    query = torch.empty(1, 2, 512, head_size, dtype=low)
+    value = torch.empty(1, 2, head_size, 512, dtype=torch.float8_e4m3fn)
+    x = torch.empty(1, 307, 2, head_size, dtype=torch.bfloat16)
+    index = torch.zeros(1, 1, 3, 3, dtype=torch.int32)
+    numbers = torch.empty(4)
+    return rounding._hopper_forward.warmup(
+        rounding.descriptor(query, 64), rounding.descriptor(query, 128),
+        rounding.descriptor(value, head_size, 128), numbers, numbers, numbers, numbers,
+        x, numbers, index[..., 0], index, index[..., 0], index, index,
+        torch.zeros(1, 128, 4, dtype=torch.int32), 2, 300, 7, 384, 512, 8, 0, 0, 3, 3, 0, 300,
+        D=head_size, STAGES=3, WITH_LSE=True, num_warps=4, maxnreg=168, grid=(8,),
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
     driver.set_active(NoDriver())
     for head_size, config in (
@@ -48,3 +65,5 @@ if __name__ == "__main__":
         (64, HopperConfig(late=False)),
     ):
         print(compiled(head_size, config).metadata.shared)
+    print(quantised(128, torch.float8_e4m3fn).metadata.shared)
+    print(quantised(64, torch.int8).metadata.shared)

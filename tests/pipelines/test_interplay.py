@@ -124,6 +124,111 @@ def test_a_compiled_pipeline_plans_its_first_call():
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tiny", [*FAMILIES, "wan22", "wan_vace", "flux_kontext"], indirect=True)
+def test_compile_option(tiny):
+    """Blocks are compiled without a graph break, and restoring takes the compiled ones away."""
+    pipe, arguments = tiny
+    dense = run_tiny(pipe, arguments)
+    accelerate_pipeline(pipe, **GNA)
+    eager = run_tiny(pipe, arguments)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    accelerate_pipeline(pipe, **GNA, compile={"backend": count, "fullgraph": True})
+    torch.testing.assert_close(run_tiny(pipe, arguments), eager, rtol=1e-4, atol=1e-4)
+    assert acceleration_report(pipe).settings["compile"]
+    assert acceleration_report(pipe).sparse_density < 1
+    blocks = {type(m).__name__ for m in pipe.transformer.modules() if m._compiled_call_impl}
+    assert any("TransformerBlock" in name for name in blocks)
+    made = len(graphs)
+    assert 1 <= made <= 3 * len(blocks)
+    run_tiny(pipe, arguments)
+    assert len(graphs) == made, "a second generation compiled again"
+    restore_pipeline(pipe)
+    assert not any(module._compiled_call_impl for module in pipe.transformer.modules())
+    assert torch.equal(run_tiny(pipe, arguments), dense)
+    assert len(graphs) == made
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("cache", ["taylorseer", "unconditional_cache", "remainder_cache"])
+def test_compile_option_beside_a_cache(cache):
+    build, arguments = TINY_PIPELINES["wan"]
+    pipe = build()
+    both = {**GNA, "method": ["gna", cache]}
+    dense = run_tiny(pipe, arguments)
+    accelerate_pipeline(pipe, **both)
+    eager = run_tiny(pipe, arguments)
+    torch._dynamo.reset()
+    accelerate_pipeline(pipe, **both, compile={"backend": "eager", "fullgraph": True})
+    torch.testing.assert_close(run_tiny(pipe, arguments), eager, rtol=1e-4, atol=1e-4)
+    restore_pipeline(pipe)
+    assert not any(module._compiled_call_impl for module in pipe.transformer.modules())
+    assert torch.equal(run_tiny(pipe, arguments), dense)
+    torch._dynamo.reset()
+
+
+def test_compile_option_refuses_what_cannot_be():
+    pipe = TINY_PIPELINES["wan"][0]()
+    with pytest.raises(ValueError, match="Did you mean 'mode'"):
+        accelerate_pipeline(pipe, **GNA, compile={"mdoe": "default"})
+    with pytest.raises(ValueError, match="must be True, False"):
+        accelerate_pipeline(pipe, **GNA, compile="yes")
+    stock = pipe.transformer
+    pipe.transformer = torch.compile(stock, backend="eager")
+    with pytest.raises(ValueError, match="compiled as a whole already"):
+        accelerate_pipeline(pipe, **GNA, compile=True)
+    assert not hasattr(pipe, "_dit_accel")
+    pipe.transformer = stock
+    stock.compile_repeated_blocks = None
+    with pytest.raises(ValueError, match=r"diffusers 0\.36"):
+        accelerate_pipeline(pipe, **GNA, compile=True)
+
+
+def test_precision_that_cannot_run_is_refused(tiny, monkeypatch):
+    import triton
+
+    pipe, arguments = tiny
+    with pytest.raises(ValueError, match="Did you mean 'fp8'"):
+        accelerate_pipeline(pipe, **GNA, precision="fp9")
+    with pytest.raises(ValueError, match="pools blocks"):
+        accelerate_pipeline(pipe, "psa", precision="fp8")
+    with pytest.raises(ValueError, match="pools blocks"):
+        accelerate_pipeline(pipe, **GNA, remainder="pooled", precision="fp8")
+    accelerate_pipeline(pipe, **{**GNA, "block_size": 32, "dense_steps": 2}, precision="fp8")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="it needs an NVIDIA GPU"):  # at the first step
+            run_tiny(pipe, arguments, num_inference_steps=3)
+
+
+def test_precision_is_used_and_reported():
+    """In Triton's interpreter."""
+    from dit_accel import GNA as Gna
+
+    build, arguments = TINY_PIPELINES["wan"]
+    pipe = build()
+    pipe.transformer.to(torch.bfloat16)
+    options: dict[str, Any] = {"dense_steps": 2, "min_tokens": 0}
+    method = Gna(window=(1.0, 0.4, 0.4), block_size=32)
+    accelerate_pipeline(pipe, method, **options)
+    exact = run_tiny(pipe, arguments)
+    accelerate_pipeline(pipe, method, **options, precision="fp8")
+    low = run_tiny(pipe, arguments)
+    report = acceleration_report(pipe)
+    assert {call.precision for call in report.calls if not call.reason} == {"fp8"}
+    assert {call.precision for call in report.calls if call.reason} == {"bfloat16"}
+    assert {call.operator for call in report.calls if not call.reason} == {"triton"}
+    assert report.settings["precision"] == "fp8"
+    assert "fp8" in str(report)
+    assert not torch.equal(low, exact)
+    assert (low - exact).norm() < 0.05 * exact.norm()
+
+
 def test_user_who_sets_another_backend_is_told(tiny):
     pipe, arguments = tiny
     dense = run_tiny(pipe, arguments)

@@ -22,8 +22,9 @@ def test_card_states_the_measurements_and_keeps_the_limits(tmp_path, monkeypatch
     }  # fmt: skip
     result = {
         "following": {"colour": 0.97, "shape": 0.89, "all": 0.93, "attributes": 374},
+        "rows": [{}] * 64,
         "settings": {
-            "prompts": 64, "steps": 16, "guidance": 3.0, "frames": 33, "height": 256, "width": 256
+            "steps": 16, "guidance": 3.0, "frames": 33, "height": 256, "width": 256
         },
     }  # fmt: skip
     (folder / "training.json").write_text(json.dumps(facts))
