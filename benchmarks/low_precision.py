@@ -22,6 +22,7 @@ others are left out.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterator
