@@ -45,8 +45,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## the kernel beside its peers; needs a CUDA GPU
-	$(BIN)/python benchmarks/kernels.py --output outputs/kernels.json
+bench: $(READY)  ## the kernels beside their peers; needs a CUDA GPU to mean anything
+	$(BIN)/dit-accel bench kernel --output outputs/kernel.json
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel --no-isolation

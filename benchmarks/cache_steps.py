@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from measuring import manifest, write_json
-from wan14b_forward import CONFIG
 
 from dit_accel import accelerate_pipeline, acceleration_report, restore_pipeline
+from dit_accel.bench.architectures import load_architecture
+from dit_accel.bench.measuring import manifest, write_json
 
 SIZES = {"720p x 81": (720, 1280, 81), "480p x 81": (480, 832, 81), "smoke": (64, 64, 5)}
 FORCED: dict[str, dict[str, Any]] = {
@@ -164,10 +164,12 @@ def main() -> None:
     parser.add_argument("--commit")
     args = parser.parse_args()
     torch.manual_seed(0)
-    config = {**CONFIG, "num_attention_heads": 2, "ffn_dim": 256} if args.smoke else CONFIG
+    config = {**load_architecture("wan2.1-14b").config, "num_layers": args.layers}
+    if args.smoke:
+        config |= {"num_attention_heads": 2, "ffn_dim": 256}
     torch.set_default_dtype(torch.float32 if args.smoke else torch.bfloat16)
     with torch.device("cpu" if args.smoke else "cuda"):
-        transformer = WanTransformer3DModel(**config, num_layers=args.layers).eval()
+        transformer = WanTransformer3DModel(**config).eval()
     torch.set_default_dtype(torch.float32)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     pipe = WanPipeline(None, None, None, scheduler, transformer)

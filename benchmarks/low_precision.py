@@ -22,6 +22,7 @@ others are left out.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -33,11 +34,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from kernels import Case, cudnn_dense, make_case
-from measuring import manifest, median_ms, write_json
 from torch import Tensor
 
 from dit_accel import accelerate_pipeline, acceleration_report, restore_pipeline
+from dit_accel.bench.cases import Case, make_case
+from dit_accel.bench.contenders import cudnn_dense
+from dit_accel.bench.measuring import manifest, median_ms, write_json
 from dit_accel.compat import dense_attention
 from dit_accel.eval.fidelity import psnr
 from dit_accel.generation import GenerationRequest, generate
@@ -279,6 +281,7 @@ def main() -> None:
         for row in parts[part](args):
             print(row, file=sys.stderr, flush=True)
             result[part].append(row)
+    print(json.dumps(result, indent=1))
     write_json(result, args.output)
 
 

@@ -31,11 +31,12 @@ from typing import Any
 
 import torch
 from checking import check_blocks, check_whole
-from kernels import cudnn_dense, make_case
-from measuring import manifest, median_ms, save_json
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from dit_accel.bench.cases import make_case
+from dit_accel.bench.contenders import GRIDS, cudnn_dense
+from dit_accel.bench.measuring import manifest, median_ms, write_json
 from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.errors import DensityUnreachableError, DitAccelError
 from dit_accel.kernels.importance import sampled_importance
@@ -48,8 +49,7 @@ from dit_accel.operators import choose_operator, joint_options, make_operators
 from dit_accel.plan import AttentionPlan, BlockSparsePlan, DensePlan, JointPlan
 from dit_accel.registry import resolve_method
 
-GRIDS = {75_600: (21, 45, 80), 32_760: (21, 30, 52), 118_800: (33, 45, 80), 1_560: (13, 10, 12)}
-TOY = 1_560
+LARGE, TOY = (75_600, 32_760, 118_800), 1_560
 SMALL_GRID = (9, 20, 26)
 METHODS: dict[str, dict[str, Any]] = {
     "radial": {},
@@ -199,7 +199,7 @@ def measure_size(
                 {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
             )
             print(result["rows"][-1], flush=True)
-            save_json(result, args.output)
+            write_json(result, args.output)
 
 
 def sweep(args: argparse.Namespace) -> list[Row]:
@@ -262,8 +262,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-size", type=int, default=128)
-    large = [tokens for tokens in GRIDS if tokens != TOY]
-    parser.add_argument("--tokens", type=int, nargs="+", default=large, choices=GRIDS)
+    sizes = (*LARGE, TOY)
+    parser.add_argument("--tokens", type=int, nargs="+", default=LARGE, choices=sizes)
     parser.add_argument("--density", type=float, nargs="+", default=[0.15, 0.25, 0.1])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--quick", action="store_true", help="75,600 tokens and density .15 alone")
@@ -285,7 +285,7 @@ def main() -> None:
     if args.sweep:
         with torch.no_grad():
             result["rows"] = sweep(args)
-        save_json(result, args.output)
+        write_json(result, args.output)
         return
     small_checks: dict[str, Row] = {}
     start = time.perf_counter()
@@ -297,7 +297,7 @@ def main() -> None:
             if failed:
                 result["rows"].append({"tokens": tokens, "method": "all", **failed})
     result["manifest"]["spent_s"] = round(time.perf_counter() - start, 1)
-    save_json(result, args.output)
+    write_json(result, args.output)
     print(table(result["rows"]))
 
 

@@ -1,7 +1,10 @@
-"""Write the README's tables from the JSON files in benchmarks/results/.
+"""Write the README's tables from benchmarks/results/, and the break-even plot.
 
-python benchmarks/readme_tables.py           # rewrite
+python benchmarks/readme_tables.py           # rewrite; first summary.json (benchmarks/summary.py)
+python benchmarks/readme_tables.py --plot    # also break-even.svg; needs matplotlib (extra bench)
 python benchmarks/readme_tables.py --check   # fail if the README is out of date
+
+What `dit-accel bench` measured is read from summary.json, the rest from the studies' own files.
 """
 
 from __future__ import annotations
@@ -10,88 +13,216 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from summary import summary_text
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-HEAD_SIZE = 128
+PLOT = RESULTS / "break-even.svg"
+HEADLINE_MODEL, HEADLINE_SIZES = "wan2.1-14b", ("720p81", "480p81")
+KERNELS = "kernel.bf16"
+PEERS = {"flex": "FlexAttention", "flash_attn_4": "flash-attn-4", "cudnn": "cuDNN dense"}
+RATIOS = {"vs_cudnn": "ours / cuDNN", "vs_fa4": "ours / flash-attn-4"}
 METHODS_FILES = "methods-h*.json"
 FIDELITY_FILES = "fidelity-*.json"
 FIDELITY_METHODS = (
     "radial", "radial + remainder", "gna", "gna + remainder", "psa", "rectified",
     "rectified, no neighbours", "pisa",
 )  # fmt: skip
+Row = dict[str, Any]
 
 
 def main() -> None:
     """Rewrite the README, or compare."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
+    parser.add_argument("--plot", action="store_true")
+    arguments = parser.parse_args()
     readme = ROOT / "README.md"
-    old = new = readme.read_text()
-    tables = {"headline": headline(), "kernels": kernels(), "quality": quality()}
+    rows = summary_rows()
+    if arguments.plot:
+        plot(rows)
+    old = readme.read_text(encoding="utf-8")
+    new = with_tables(old, rows)
+    if arguments.check and new != old:
+        sys.exit("README.md is out of date: run python benchmarks/readme_tables.py")
+    readme.write_text(new, encoding="utf-8")
+
+
+def with_tables(text: str, rows: dict[str, Row]) -> str:
+    """Return the README with its tables as they should be; ``rows`` are those of the summary."""
+    tables = {"headline": headline(rows), "kernels": kernels(rows), "quality": quality()}
     # Not every machine has measured these yet: what is missing leaves its place in the README.
+    if others := steps(rows):
+        tables["steps"] = others
     if any(RESULTS.glob(METHODS_FILES)):
         tables["methods"] = methods()
     if any(RESULTS.glob(FIDELITY_FILES)):
         tables["fidelity"] = fidelity()
     for name, table in tables.items():
         pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
-        new = re.sub(pattern, lambda m, t=table: m[1] + t + m[2], new, flags=re.DOTALL)
-    if check and new != old:
-        sys.exit("README.md is out of date: run python benchmarks/readme_tables.py")
-    readme.write_text(new)
+        text = re.sub(pattern, lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL)
+    return text
 
 
-def headline() -> str:
-    """Return one forward of a Wan2.1-14B-sized transformer, dense and sparse.
+def summary_rows() -> dict[str, Row]:
+    """Return the rows of the summary by what their keys have in common."""
+    rows: dict[str, Row] = {}
+    for key, value in json.loads(summary_text()).items():
+        prefix, name = key.rsplit(".", 1)
+        rows.setdefault(prefix, {})[name] = value
+    return rows
 
-    The file also has dense attention by cuDNN asked for by name, which is a hair slower.
-    """
-    data = load("wan14b-forward-h200.json")
-    rows = [
-        [
-            row["size"] + " frames",
-            row["attention"],
-            f"{row['density']:.2f}",
-            f"{row['forward_40_layers_s']:.2f} s",
-            f"{row['speedup_over_best_dense']:.2f}x",
-        ]
-        for row in data["rows"]
-        if not row["compiled_blocks"] and row["attention"] != "dense: cuDNN"
+
+def headline(rows: dict[str, Row]) -> str:
+    """Return forwards of one model, dense and sparse."""
+    return step_table(rows, [f"step.{HEADLINE_MODEL}.{size}." for size in HEADLINE_SIZES])
+
+
+def steps(rows: dict[str, Row]) -> str:
+    """Return forwards of all other models and sizes that were measured."""
+    headlines = tuple(f"step.{HEADLINE_MODEL}.{size}." for size in HEADLINE_SIZES)
+    others = {
+        prefix.rsplit(".", 1)[0] + "."
+        for prefix in rows
+        if prefix.startswith("step.") and not prefix.startswith(headlines)
+    }
+    return step_table(rows, sorted(others)) if others else ""
+
+
+def step_table(rows: dict[str, Row], places: Iterable[str]) -> str:
+    """Return a line for each way of attending, the slowest first, by model and size."""
+    found = [
+        (place, prefix.removeprefix(place), row)
+        for place in places
+        for prefix, row in sorted(rows.items(), key=lambda item: -item[1].get("forward_s", 0))
+        if prefix.startswith(place) and not prefix.endswith("stock-cudnn")
     ]
-    note = (
-        f"One forward past the dense steps on one {data['manifest']['gpu']}, bf16, eager; random "
-        f"weights, {data['layers_measured']} of {data['layers_of_the_real_model']} layers "
-        f"measured and scaled to all. {source(data)}\n"
-    )
-    return markdown(["Wan2.1-14B at", "attention", "density", "forward", "speed-up"], rows) + note
-
-
-def kernels() -> str:
-    """Return TFLOP/s on attended pairs."""
-    data = load("kernels-h200.json")
-    rows = [
+    optional = {"vs_compiled": "over compiled", "amdahl": "Amdahl's bound"}
+    shown = {k: v for k, v in optional.items() if any(k in row for *_, row in found)}
+    cells = [
         [
-            f"{row['tokens']:,}",
-            str(row["density"]),
-            f"{row['block_sparse']['tflops']:.0f}",
-            f"{row['flex']['tflops']:.0f}",
-            f"{row['cudnn_dense']['tflops']:.0f}",
-            f"{row['of_cudnn_dense_rate']:.2f}",
+            _place(place),
+            what,
+            f"{row.get('attended_density', 1):.2f}",
+            f"{row['forward_s']:.2f} s",
+            f"{row['vs_eager']:.2f}x" if "vs_eager" in row else "",
+            *(f"{row[name]:.2f}x" if name in row else "" for name in shown),
         ]
-        for row in data["rows"]
-        if row["head_size"] == HEAD_SIZE
+        for place, what, row in found
     ]
-    heads = data["rows"][0]["heads"]
+    layers = " and ".join(sorted({row["layers"] for *_, row in found}))
     note = (
-        f"TFLOP/s on attended pairs, {data['manifest']['gpu']}, bf16, {heads} heads of "
-        f"{HEAD_SIZE}, random lists of whole 128-token blocks. {source(data)}\n"
+        f"One forward past the dense steps, {_gpus(row for *_, row in found)}, bf16; random "
+        f'weights, {layers} layers measured and scaled to all; "stock" is diffusers with torch\'s '
+        f"choice of dense attention. {sources(row for *_, row in found)}\n"
     )
-    columns = ["tokens", "density", "ours (Triton)", "FlexAttention", "cuDNN dense", "ours / cuDNN"]
-    return markdown(columns, rows) + note
+    columns = ["model and size", "attention", "density", "forward", "speed-up", *shown.values()]
+    return markdown(columns, cells) + note
+
+
+def kernels(rows: dict[str, Row]) -> str:
+    """Return TFLOP/s on attended pairs, bf16 and head size 128, and where sparse stops to pay."""
+    found = {
+        (int(tokens), float(density)): row
+        for prefix, row in rows.items()
+        if (parts := re.fullmatch(rf"{KERNELS}\.(\d+)\.([\d.]+)", prefix))
+        for tokens, density in [parts.groups()]
+    }
+    peers = {k: v for k, v in PEERS.items() if any(f"tflops_{k}" in row for row in found.values())}
+    ratios = {k: v for k, v in RATIOS.items() if any(k in row for row in found.values())}
+    cells = [
+        [
+            f"{tokens:,}",
+            f"{density:g}",
+            row["ours"],
+            f"{row['tflops']:.0f}",
+            *(f"{row[f'tflops_{name}']:.0f}" if f"tflops_{name}" in row else "" for name in peers),
+            *(f"{row[name]:.2f}" if name in row else "" for name in ratios),
+        ]
+        for (tokens, density), row in sorted(found.items(), key=_by_length)
+    ]
+    columns = ["tokens", "density", "ours", "TFLOP/s", *peers.values(), *ratios.values()]
+    about = list(found.values())
+    note = (
+        f"TFLOP/s on attended pairs, {_gpus(about)}, bf16, 8 heads of 128, random lists of whole "
+        f"128-token blocks. {sources(about)}\n"
+    )
+    points = break_even_points(rows)
+    if points:
+        told = "; ".join(
+            f"{name} {', '.join(f'{density:.2f} at {n:,} tokens' for n, density in line)}"
+            for name, line in points.items()
+        )
+        note += f"\nFaster than dense below a density of: {told}.\n"
+    if PLOT.exists():
+        note += f"\n![Density below which sparse wins](benchmarks/results/{PLOT.name})\n"
+    return markdown(columns, cells) + note
+
+
+def break_even_points(rows: dict[str, Row]) -> dict[str, list[tuple[int, float]]]:
+    """Return, for each operator, lengths and the densities below which it beats dense there."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for prefix, row in rows.items():
+        if parts := re.fullmatch(rf"{KERNELS}\.(\d+)\.break_even", prefix):
+            for name in ("hopper", "triton", "flash_attn_4", "flex"):
+                if row.get(name) is not None:
+                    points.setdefault(name, []).append((int(parts[1]), row[name]))
+    return {name: sorted(line) for name, line in points.items()}
+
+
+def plot(rows: dict[str, Row]) -> None:
+    """Draw density below which sparse attention wins, over the length, a line an operator."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # Nothing in the file may depend on when it was drawn.
+    matplotlib.rcParams["svg.hashsalt"] = "dit-accel"
+    from matplotlib import pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for name, line in break_even_points(rows).items():
+        panel.plot(*zip(*line, strict=True), marker="o", label=name.replace("_", "-"))
+    panel.set(xlabel="tokens", ylabel="density", ylim=(0, 1.02), xscale="log")
+    panel.set_title("Sparse attention is faster than dense below")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(PLOT, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _by_length(item: tuple[tuple[int, float], Row]) -> tuple[int, float]:
+    (tokens, density), _ = item
+    return tokens, -density
+
+
+def _place(place: str) -> str:
+    """Write "step.wan2.1-14b.720p81." for people."""
+    model, size = place.removeprefix("step.").rstrip(".").rsplit(".", 1)
+    if video := re.fullmatch(r"(\d+p)(\d+)", size):
+        return f"{model}, {video[1]} x {video[2]} frames"
+    return f"{model}, {size} x {size}"
+
+
+def _gpus(rows: Iterable[Row]) -> str:
+    return " and ".join(dict.fromkeys(row["gpu"] for row in rows))
+
+
+def sources(rows: Iterable[Row]) -> str:
+    """Say which files rows come from, with date and commit."""
+    found = dict.fromkeys((row["file"], row["date"][:10], row["commit"]) for row in rows)
+    links = (
+        f"[`{file}`](benchmarks/results/{file}) {date}, commit {_short(commit)}"
+        for file, date, commit in found
+    )
+    return "; ".join(links) + "."
+
+
+def _short(commit: str) -> str:
+    return re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", commit)
 
 
 def quality() -> str:

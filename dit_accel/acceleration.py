@@ -214,6 +214,7 @@ class Acceleration:
                 "dense_layers": sorted(schedule.layers),
                 "min_tokens": schedule.min_tokens,
                 "backend": runtime.backend,
+                "tuning": dict(runtime.recorder.tuning),
                 "precision": runtime.precision,
                 "compile": self.compiling is not None,
             },

@@ -28,7 +28,9 @@ from dit_accel.kernels.precision import (
     why_no_precision,
 )
 from dit_accel.kernels.statistics import block_statistics
+from dit_accel.kernels.tuning import Tuning
 from dit_accel.plan import BlockSparsePlan, JointPlan
+from dit_accel.tuning_file import Tunings
 
 UNCOMPILED = ("cpu", "mps")
 """Devices on which FlexAttention is not compiled."""
@@ -51,6 +53,7 @@ class Operator(ABC):
 
     precision: str | None = None
     """What it rounds to here; None for nothing."""
+    tunings: Tunings = field(default_factory=Tunings, compare=False)
 
     @abstractmethod
     def why_not_here(self) -> str | None:
@@ -64,6 +67,10 @@ class Operator(ABC):
     def why_not(self, plan: SparsePlan, query: Tensor) -> str | None:
         """Return why it can't run this plan on these tensors, or None."""
         return self.unavailable
+
+    def tuning(self, device: torch.device) -> Tuning | None:
+        """Return where its tile shapes for a device come from; None if it has none to choose."""
+        return None
 
     @abstractmethod
     def run(
@@ -84,6 +91,10 @@ class TritonOperator(Operator):
 
     name: ClassVar[str] = "triton"
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS
+
+    def tuning(self, device: torch.device) -> Tuning:
+        """Return the settings measured on this card, if they were."""
+        return self.tunings.of(device)
 
     def why_not_here(self) -> str | None:
         """Need the package and an NVIDIA GPU of compute capability 8.0 or newer."""
@@ -143,7 +154,8 @@ class TritonOperator(Operator):
         else:
             from dit_accel.kernels.block_sparse import block_sparse_attention
 
-            result = block_sparse_attention(query, key, value, plan.tiles, **options)
+            config = self.tuning(query.device).kernel_config(query.shape[-1], query.element_size())
+            result = block_sparse_attention(query, key, value, plan.tiles, config=config, **options)
         return result if isinstance(result, tuple) else (result, None)
 
 
@@ -153,6 +165,10 @@ class HopperOperator(Operator):
 
     name: ClassVar[str] = "hopper"
     precisions: ClassVar[tuple[str, ...]] = ("fp8", "int8_fp8")
+
+    def tuning(self, device: torch.device) -> Tuning:
+        """Return the settings measured on this card, if they were."""
+        return self.tunings.of(device)
 
     def why_not_here(self) -> str | None:
         """Need triton 3.6 or newer and a GPU of compute capability 9.0."""
@@ -192,7 +208,12 @@ class HopperOperator(Operator):
         else:
             from dit_accel.kernels.block_sparse_hopper import hopper_block_sparse_attention
 
-            result = hopper_block_sparse_attention(query, key, value, tiles, **options)
+            config = self.tuning(query.device).hopper_config(
+                query.shape[-1], tiles.longest, plan.layout.text_length > 0
+            )
+            result = hopper_block_sparse_attention(
+                query, key, value, tiles, config=config, **options
+            )
         return result if isinstance(result, tuple) else (result, None)
 
 
@@ -345,8 +366,12 @@ OPERATORS: tuple[type[Operator], ...] = (
 
 
 def make_operators(precision: str | None = None) -> Mapping[str, Operator]:
-    """Return one of each operator, by name, to run in ``precision``."""
-    return MappingProxyType({cls.name: cls(precision=precision) for cls in OPERATORS})
+    """Return one of each operator, by name, to run in ``precision``.
+
+    What a card was tuned to is read on first use, once for all of them.
+    """
+    tunings = Tunings()
+    return MappingProxyType({cls.name: cls(precision, tunings) for cls in OPERATORS})
 
 
 def list_operators() -> list[Operator]:
@@ -414,7 +439,7 @@ def choose_operator(
             f"{precision=} can't run here: {reasons}. Leave precision out to attend in the "
             "tensors' own dtype."
         )
-    raise OperatorUnavailableError(f"no operator can run this call: {reasons}.")
+    raise OperatorUnavailableError(f"no operator can run this call ({reasons}).")
 
 
 def _smallest_block(plan: SparsePlan) -> int:

@@ -204,12 +204,22 @@ def block_mask_from_states(
 
     states = states if states.ndim == 4 else states[None, None]
     partial, full = states == PARTIAL, states == FULL
-    return BlockMask.from_kv_blocks(
-        *_ascending_lists(partial),
-        *_ascending_lists(full),
+    kv, full_kv = _ascending_lists(partial), _ascending_lists(full)
+    q, full_q = _ascending_lists(partial.mT), _ascending_lists(full.mT)
+    # Not `from_kv_blocks`: it makes the lists by key with vmap, which can't run inside a compiled
+    # graph's operators, where the first call of a compiled pipeline is planned.
+    return BlockMask(
+        seq_lengths=(num_tokens, num_tokens),
+        kv_num_blocks=kv[0],
+        kv_indices=kv[1],
+        full_kv_num_blocks=full_kv[0],
+        full_kv_indices=full_kv[1],
+        q_num_blocks=q[0],
+        q_indices=q[1],
+        full_q_num_blocks=full_q[0],
+        full_q_indices=full_q[1],
         BLOCK_SIZE=(block_size, block_size),
         mask_mod=predicate,
-        seq_lengths=(num_tokens, num_tokens),
     )
 
 

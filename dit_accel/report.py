@@ -84,6 +84,7 @@ class Recorder:
     layer_blocks: tuple[int | None, ...] = ()
     forwards: list[tuple[int | None, Any, Any]] = field(default_factory=list)
     rejected: dict[str, str] = field(default_factory=dict)
+    tuning: dict[str, str] = field(default_factory=dict)  # where operators have tile shapes from
     notes: list[str] = field(default_factory=list)
 
     def begin(self, generation: int) -> None:
@@ -109,7 +110,7 @@ class AccelerationReport:
     Attributes:
         methods: the methods, their options as resolved.
         family: model family.
-        settings: where schedule and options came from, and the schedule itself.
+        settings: where schedule, options and tile shapes came from, and the schedule itself.
         calls: one record per attention call of the last generation.
         steps: with a cache, one record per run of a transformer.
         cache_bytes: most bytes that the cache held between steps.
@@ -334,7 +335,9 @@ class AccelerationReport:
 
     def _remarks(self) -> list[str]:
         rejected = [f"{name} passed over: {why}" for name, why in self.rejected.items()]
-        return rejected + self._guidance_remarks() + list(self.notes)
+        tuning = self.settings.get("tuning", {}).items()
+        tiles = [f"tile shapes of {name}: {source}" for name, source in tuning]
+        return rejected + tiles + self._guidance_remarks() + list(self.notes)
 
     def _guidance_remarks(self) -> list[str]:
         if not self.perturbed:

@@ -21,7 +21,7 @@ from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.methods.selecting import SelectingMethod
 from dit_accel.operators import choose_operator, make_operators
 from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
-from dit_accel.plan import AttentionPlan, DensePlan, JointPlan, PastJointPlan
+from dit_accel.plan import AttentionPlan, BlockSparsePlan, DensePlan, JointPlan, PastJointPlan
 from dit_accel.report import CallRecord, Recorder
 from dit_accel.schedule import Schedule
 from dit_accel.session import AttentionSession, Forward, OutputSession, Seam, Session
@@ -283,6 +283,9 @@ class Runtime:
         self.recorder.rejected.update(choice.rejected)
         precision = self.precision or _dtype_name(query)
         self._record(call, plan, choice.operator.name, precision)
+        tuning = choice.operator.tuning(query.device)
+        if tuning is not None and self.precision is None and isinstance(plan, BlockSparsePlan):
+            self.recorder.tuning[choice.operator.name] = tuning.source
         run = partial(choice.operator.run, scale=scale)
         for session in self.sessions:
             if isinstance(session, AttentionSession):

@@ -7,8 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_pipelines import TINY_PIPELINES, run_tiny
 
-from dit_accel import GNA, Dense, Radial, SlidingWindow, attention_mask, sparse_attention
+from dit_accel import (
+    GNA,
+    Dense,
+    Radial,
+    SlidingWindow,
+    accelerate_pipeline,
+    acceleration_report,
+    attention_mask,
+    operators,
+    sparse_attention,
+)
 from dit_accel.call import TokenLayout
 from dit_accel.errors import OperatorUnavailableError
 from dit_accel.grid import RASTER
@@ -22,6 +33,7 @@ METHODS: list[Any] = [
     Radial(rule="paper", block_size=16),
     GNA((1.0, 0.5, 0.5), block_size=16),
     GNA(0.5, stride=2, causal=(True, False, False), block_size=32),
+    GNA(0.5, block_size=8),
     SlidingWindow((0.5, 0.5), block_size=16),
     Dense(),
 ]
@@ -117,3 +129,53 @@ def test_auto_says_whom_it_passed_over_and_an_explicit_choice_raises():
             with pytest.raises(OperatorUnavailableError, match="can't run here"):
                 choose_operator(operator.name, make_operators(), plan, query)
     assert choose_operator("auto", make_operators(), plan, query).operator.name == "torch"
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let "auto" go through the operators in the order for GPUs, on a CPU."""
+    monkeypatch.setattr(operators, "UNCOMPILED", ())
+
+
+@pytest.mark.parametrize(
+    ("head_size", "dtype", "block_size", "taken", "reasons"),
+    [
+        (300, torch.float32, 16, "flex", {"triton": "head sizes up to 256, not 300"}),
+        (16, torch.float64, 16, "flex", {"triton": "not in torch.float64"}),
+        (16, torch.float32, 8, "torch", {"triton": "under 16", "flex": "under 16"}),
+    ],
+    ids=["head size", "dtype", "block size"],
+)
+def test_a_shape_that_a_kernel_does_not_serve_goes_to_the_next(
+    as_on_a_gpu, monkeypatch, head_size, dtype, block_size, taken, reasons
+):
+    chosen = make_operators()
+    for name in ("hopper", "triton"):
+        monkeypatch.setitem(chosen[name].__dict__, "unavailable", None)  # as if there were a GPU
+    plan = GNA(0.5, block_size=block_size).plan_layout(TokenLayout((3, 5, 7)), RASTER)
+    query = torch.randn(1, 105, 2, head_size, dtype=dtype)
+    choice = choose_operator("auto", chosen, plan, query)
+    assert choice.operator.name == taken
+    rejected = dict(choice.rejected)
+    for name, reason in reasons.items():
+        assert reason in rejected[name]
+        with pytest.raises(OperatorUnavailableError, match=f"backend '{name}' can't run here"):
+            choose_operator(name, chosen, plan, query)
+    with pytest.raises(OperatorUnavailableError, match=r"head size|dtype"):
+        choose_operator("hopper", chosen, plan, query)
+
+
+def test_the_report_says_whom_auto_passed_over(as_on_a_gpu):
+    """Through a whole pipeline; an explicit choice raises in the first step instead."""
+    build, arguments = TINY_PIPELINES["wan"]
+    pipe = build()
+    options = {"dense_steps": 0, "min_tokens": 0, "block_size": 8}
+    accelerate_pipeline(pipe, "gna", **options)
+    run_tiny(pipe, arguments)
+    report = acceleration_report(pipe)
+    assert {call.operator for call in report.calls} == {"torch"}
+    assert {"triton", "flash-attn-4", "flex"} <= report.rejected.keys()
+    assert "flex passed over: block size 8 is under 16" in str(report)
+    accelerate_pipeline(pipe, "gna", backend="flex", **options)
+    with pytest.raises(OperatorUnavailableError, match="block size 8 is under 16"):
+        run_tiny(pipe, arguments)

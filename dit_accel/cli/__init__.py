@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from dit_accel.cli import caching, evaluation, generate, inspection
+from dit_accel.cli import bench, caching, evaluation, generate, inspection
 from dit_accel.cli.output import complain
 from dit_accel.errors import DitAccelError
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.add_typer(evaluation.app, name="eval")
+app.add_typer(bench.app, name="bench")
 app.command("profile")(caching.profile)
 app.command("calibrate")(caching.calibrate)
 app.command("methods")(inspection.methods)

@@ -79,11 +79,16 @@ def families(as_json: AsJson = False) -> None:
 
 def doctor(as_json: AsJson = False) -> None:
     """Tell which attention operators can run here, and why the others can't."""
+    import torch
+
     from dit_accel.environment import environment, ffmpeg_version, pick_device
     from dit_accel.models import list_models
     from dit_accel.operators import list_operators
+    from dit_accel.tuning_file import load_tuning
 
-    found = environment(pick_device("auto"))
+    device = pick_device("auto")
+    found = environment(device)
+    found["tile_shapes"] = load_tuning(torch.device(device)).source
     operators = {operator.name: operator.why_not_here() for operator in list_operators()}
     ffmpeg, models = ffmpeg_version(), list_models()
     if as_json:
@@ -100,6 +105,7 @@ def doctor(as_json: AsJson = False) -> None:
         table.add_row(package, installed or "not installed")
     for name, value in found["device"].items():
         table.add_row(f"device {name}", str(value))
+    table.add_row("tile shapes", found["tile_shapes"])
     table.add_row("ffmpeg", ffmpeg or "not found: videos can't be written")
     table.add_row("bundled models", ", ".join(models))
     console.print(table)

@@ -453,7 +453,7 @@ def _hopper_op(
     tiles = triton.cdiv(num_video, block_size) + triton.cdiv(num_text, block_size)
     programs = tiles * batch * heads
     list_batch, list_heads, rows = full_count.shape
-    longest = full_index.shape[-1] + partial_index.shape[-1]
+    longest = full_index.shape[-1] + partial_index.shape[-1]  # as `TileLists.longest`
     cfg = HopperConfig(*config) if config else hopper_config(head_size, longest, num_text > 0)
     grid = programs
     if cfg.persistent:

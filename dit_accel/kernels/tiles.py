@@ -36,7 +36,7 @@ class TileLists:
         partial_slot: int32 ``[B|1, H|1, Q, K]``; the row of ``bits`` for that tile.
         bits: int64 ``[P, block_size, ceil(block_size / 64)]``; distinct patterns of allowed pairs:
             bit ``n % 64`` of word ``n // 64`` of row ``m`` is query ``m`` and key ``n``.
-        block_size: tokens per tile, a power of two of at least 16.
+        block_size: tokens per tile, a power of two; the Triton kernels need at least 16.
         num_tokens: video tokens; the last tile may be ragged.
     """
 
@@ -48,6 +48,11 @@ class TileLists:
     bits: Tensor
     block_size: int
     num_tokens: int
+
+    @property
+    def longest(self) -> int:
+        """Key tiles that there is room for on a list, full and partial ones together."""
+        return self.full_index.shape[-1] + self.partial_index.shape[-1]
 
     def allowed_pairs(self) -> float:
         """Number of allowed (query, key) pairs, the mean over batch and heads."""
@@ -77,13 +82,13 @@ def tile_lists_from_block_mask(block_mask: BlockMask, num_tokens: int) -> TileLi
         num_tokens: length of both axes.
 
     Raises:
-        OptionError: if the blocks are not square or their size is no power of two from 16 up.
+        OptionError: if the blocks are not square or their size is no power of two.
         GridMismatchError: if the mask covers another number of tokens.
     """
     rows, size = block_mask.BLOCK_SIZE
     if rows != size:
         raise OptionError(f"the kernel needs square blocks, but BLOCK_SIZE={(rows, size)}.")
-    check_block_size(size)
+    check_block_size(size, least=1)
     blocks = math.ceil(num_tokens / size)
     if block_mask.kv_num_blocks.shape[-1] != blocks:
         raise GridMismatchError(
@@ -107,7 +112,7 @@ def tile_lists_from_block_mask(block_mask: BlockMask, num_tokens: int) -> TileLi
 
 def tile_lists_from_dense(mask: Tensor, block_size: int) -> TileLists:
     """Convert a bool mask ``[V, V]`` or ``[B|1, H|1, V, V]``; for tests and small grids."""
-    check_block_size(block_size)
+    check_block_size(block_size, least=1)
     mask = mask if mask.ndim == 4 else mask[None, None]
     batch, heads, num_tokens, _ = mask.shape
     blocks = math.ceil(num_tokens / block_size)
@@ -120,10 +125,12 @@ def tile_lists_from_dense(mask: Tensor, block_size: int) -> TileLists:
     return _assemble(states, states.nonzero().int(), [patterns], block_size, num_tokens)
 
 
-def check_block_size(block_size: int) -> None:
-    """Raise `OptionError` unless the kernels can work with tiles of ``block_size`` tokens."""
-    if block_size < 16 or block_size & (block_size - 1):
-        raise OptionError(f"{block_size=} must be a power of two of at least 16; 128 is fastest.")
+def check_block_size(block_size: int, least: int = 16) -> None:
+    """Raise `OptionError` unless ``block_size`` is a power of two that a kernel can work with."""
+    if block_size < least or block_size & (block_size - 1):
+        raise OptionError(
+            f"{block_size=} must be a power of two of at least {least}; 128 is fastest."
+        )
 
 
 def _evaluate(mask_mod: Callable[..., Tensor], tiles: Tensor, size: int, num_tokens: int) -> Tensor:

@@ -1,8 +1,16 @@
-"""Tile shapes and pipelining of the kernels, per GPU architecture."""
+"""Tile shapes and pipelining of the kernels: tables per GPU architecture, and what a card measured.
+
+The tables serve every card, unknown ones included. `Tuning` is what ``dit-accel bench tune`` found
+for one card; `dit_accel.tuning_file` keeps it, and operators hand its entries to the kernels.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+LONG_LIST = 64
+"""Key tiles from which a list counts as long: the kernel for Hopper then wants other settings."""
 
 
 @dataclass(frozen=True)
@@ -92,4 +100,35 @@ def hopper_config(head_size: int, longest: int, with_text: bool) -> HopperConfig
     """
     # A persistent program loads its next queries early, which pays when it visits few keys; it
     # can't balance the few programs of text queries, which take many times as long.
-    return HopperConfig(late=head_size == 128, persistent=longest < 64 and not with_text)
+    return HopperConfig(late=head_size == 128, persistent=longest < LONG_LIST and not with_text)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Measured settings of one card; where it has none, the tables above serve.
+
+    Attributes:
+        source: where the settings come from, in words for reports.
+        block_sparse: of the Triton kernel, by padded head size and bytes per element.
+        hopper: of the kernel for Hopper, by head size and "short" or "long" lists.
+    """
+
+    source: str = "built-in table"
+    block_sparse: Mapping[tuple[int, int], KernelConfig] = field(default_factory=dict)
+    hopper: Mapping[tuple[int, str], HopperConfig] = field(default_factory=dict)
+
+    def kernel_config(self, head_size: int, itemsize: int) -> KernelConfig | None:
+        """Return what was measured for this kind of call, or None; see `kernel_config`."""
+        return self.block_sparse.get((padded_head_size(head_size), itemsize))
+
+    def hopper_config(self, head_size: int, longest: int, with_text: bool) -> HopperConfig | None:
+        """Return what was measured for this kind of call, or None; see `hopper_config`."""
+        kind = "short" if longest < LONG_LIST and not with_text else "long"
+        found = self.hopper.get((head_size, kind))
+        # Never persistent with text, for the reason given above.
+        return replace(found, persistent=False) if found and with_text else found
+
+
+def padded_head_size(head_size: int) -> int:
+    """Return the power of two that the Triton kernel rounds a head size up to, 16 at least."""
+    return max(16, 1 << (head_size - 1).bit_length())

@@ -110,6 +110,20 @@ def test_regional_compile_needs_no_more_graphs_than_stock(tiny, request):
     assert acceleration_report(pipe).sparse_density < 1
 
 
+def test_a_compiled_pipeline_plans_its_first_call():
+    """Not every function of torch runs inside an operator of a compiled graph: vmap does not."""
+    build, arguments = TINY_PIPELINES["wan"]
+    pipe = build()
+    accelerate_pipeline(pipe, **GNA)
+    eager = run_tiny(pipe, arguments)
+    accelerate_pipeline(pipe, **GNA)  # forgets its plans
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    compiled = run_tiny(pipe, arguments)
+    torch._dynamo.reset()
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("tiny", [*FAMILIES, "wan22", "wan_vace", "flux_kontext"], indirect=True)
 def test_compile_option(tiny):
     """Blocks are compiled without a graph break, and restoring takes the compiled ones away."""
