@@ -229,6 +229,8 @@ class _Changes(Gate):
 
 
 class _Sizes(Predictor):
+    every_step = True
+
     def __init__(self, ratios: dict[tuple[str, int], list[float]], branch: str) -> None:
         super().__init__()
         self._ratios, self._branch = ratios, branch

@@ -25,6 +25,7 @@ class Predictor:
     """The residual of the last full step, as it was."""
 
     order = 0
+    every_step = False  # whether to be updated also where no later step can use it
 
     def __init__(self) -> None:
         self._points: list[tuple[When, Streams]] = []  # the newest first

@@ -271,7 +271,10 @@ class StackSession(Session):
     def _keeps(self, branch: _Branch, run: range, forward: Forward) -> bool:
         """Whether a later step may use what a run adds in this one."""
         step, total = forward.moment.step or 0, forward.moment.num_steps or 0
-        if branch.predictors[run].order:
+        predictor = branch.predictors[run]
+        if predictor.every_step:
+            return True
+        if predictor.order:
             return step + 1 < total
         forced = self.cache.limits(total).forced(step + 1, total)
         return not forced and branch.gate.keeps(run, step)
