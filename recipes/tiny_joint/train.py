@@ -93,10 +93,8 @@ class Run:
         for name in self.model.make_text():
             shutil.copytree(folder / name, self.work / "text" / name, dirs_exist_ok=True)
         facts = json.loads((folder / FACTS).read_text())
-        facts["earlier_s"], facts["earlier_steps"] = (
-            facts["transformer_s"],
-            facts["transformer_steps"],
-        )
+        facts["earlier_s"] = facts["transformer_s"]
+        facts["earlier_steps"] = facts["transformer_steps"]
         self.note(**facts)
 
     def log(self, line: str) -> None:
