@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ def _accelerate(pipe: Any, inputs: Mapping[str, Any], task: Mapping[str, Any]) -
         task["attention"],
         lambda: pipe.transformer(**inputs),
         density=task["density"],
+        precision=task["precision"],
         dense_steps=0,
         dense_layers=0,
         min_tokens=0,
@@ -128,6 +130,7 @@ def step_tasks(
     densities: Sequence[float | None],
     modes: Sequence[bool],
     layers: int | None,
+    precisions: Sequence[str | None] = (None,),
 ) -> Iterator[Row]:
     """Yield the tasks, the dense ones of a size first.
 
@@ -138,15 +141,21 @@ def step_tasks(
         densities: shares of pairs to ask for; None for a method's published options.
         modes: False for eager, True for compiled blocks.
         layers: measure only so many layers; None for all.
+        precisions: what sparse attention multiplies in; None for the tensors' own dtype.
     """
     for name in models:
         for size in sizes or load_architecture(name).sizes:
             for compiled in modes:
                 task = {"model": name, "size": size, "layers": layers, "compiled": compiled}
-                yield {**task, "attention": STOCK, "density": None}
+                plain = {"density": None, "precision": None}
+                yield {**task, "attention": STOCK, **plain}
                 for method in methods:
-                    for density in densities if method != "dense" else (None,):
-                        yield {**task, "attention": method, "density": density}
+                    if method == "dense":
+                        yield {**task, "attention": method, **plain}
+                        continue
+                    for density, precision in product(densities, precisions):
+                        asked = {"density": density, "precision": precision}
+                        yield {**task, "attention": method, **asked}
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:

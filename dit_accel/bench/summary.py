@@ -97,6 +97,7 @@ def step_rows(rows: Sequence[Row]) -> Iterator[tuple[str, Entries]]:
         if "measured_ms" not in row:
             continue
         what = row["attention"] + ("" if row["density"] is None else f"-{row['density']:g}")
+        what += f"-{row['precision']}" if row.get("precision") else ""
         what += "-compiled" if row["compiled"] else ""
         copied = ("forward_s", "attended_density", "block_density", "vs_eager", "vs_compiled",
                   "amdahl", "peak_gib")  # fmt: skip

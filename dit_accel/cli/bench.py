@@ -111,6 +111,9 @@ def step(
         str | None, typer.Option(help="Shares of pairs; published options by default.")
     ] = None,
     mode: Annotated[str, typer.Option(help="eager, compiled or both.")] = "eager,compiled",
+    precision: Annotated[
+        str, typer.Option(help="Of sparse attention's products: none, fp8, int8_fp8, int8.")
+    ] = "none",
     layers: Annotated[
         int | None, typer.Option(help="Measure so many layers and scale; all by default.")
     ] = None,
@@ -130,6 +133,7 @@ def step(
     from dit_accel.bench.architectures import TOY, list_architectures, load_architecture
     from dit_accel.bench.step import StepBench, step_tasks
     from dit_accel.environment import environment
+    from dit_accel.kernels.precision import PRECISIONS
     from dit_accel.registry import list_methods
 
     quieten_libraries()
@@ -141,6 +145,7 @@ def step(
         for one in sizes:
             architecture.at(one).with_layers(layers)
     attention = list_methods("attention")
+    precisions = _known("--precision", _names(precision), ("none", *PRECISIONS))
     modes = _known("--mode", _names(mode), ("eager", "compiled"))
     tasks = step_tasks(
         models=models,
@@ -149,6 +154,7 @@ def step(
         densities=_shares(density) if density else [None],
         modes=[name == "compiled" for name in modes],
         layers=layers,
+        precisions=[None if name == "none" else name for name in precisions],
     )
     trial = place == "cpu" or TOY in sizes
     about = {"dense_backend": environment()["dense_backend"], "trial": trial}

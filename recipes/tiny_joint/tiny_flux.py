@@ -38,7 +38,7 @@ class TinyFlux(Model):
         (text_encoders.teach_t5, "tokenizer_2", "text_encoder_2", 0.7),
     )
     defaults: ClassVar = {
-        "steps": 20, "guidance": 3.5, "height": 256, "width": 256, "world": "pictures"
+        "steps": 20, "guidance": 2.5, "height": 256, "width": 256, "world": "pictures"
     }  # fmt: skip
 
     def make_autoencoder(self, smoke):

@@ -29,7 +29,7 @@ from recipes.tiny_joint.model import Bucket, Model
 from recipes.tiny_joint.tiny_flux import TinyFlux
 from recipes.tiny_joint.tiny_hunyuan import TinyHunyuan
 from recipes.tiny_joint.tiny_sd3 import TinySd3
-from recipes.tiny_joint.trainer import Trainer, initialise, validate
+from recipes.tiny_joint.trainer import ALONE, Trainer, initialise, validate
 
 MODELS: dict[str, type[Model]] = {
     "tiny-hunyuan": TinyHunyuan,
@@ -267,7 +267,8 @@ class Run:
             return averaged
 
         deadline = None if args.deadline_s is None else self.started + args.deadline_s
-        finished = trainer.train(args.dit_seconds, deadline, save, args.save_every_s)
+        alone = ALONE if args.start is None else 0.0
+        finished = trainer.train(args.dit_seconds, deadline, save, args.save_every_s, alone=alone)
         averaged = save().to(self.device).eval()
         self.log(f"transformer: {trainer.done} steps, {'done' if finished else 'to be resumed'}")
         losses = {}

@@ -175,9 +175,11 @@ class Trainer:
         save: Callable[[], object],
         save_every_s: float,
         warm_up: int = 200,
+        alone: float = ALONE,
     ) -> bool:
         """Train until `seconds` are spent, earlier runs counted in; False if `deadline` came first.
 
+        The first, smallest bucket has the share `alone` of the time for itself, at the start.
         `deadline` is a time of `time.monotonic`. `save` is called every `save_every_s` seconds; its
         time does not count.
         """
@@ -195,8 +197,7 @@ class Trainer:
             share = self.spent / seconds
             warm = min(1.0, (self.done + 1) / warm_up)
             self.optimizer.set_factor(warm * schedule(share, HOLD))
-            alone = share < ALONE
-            name = first if alone else rng.choices(buckets, [shares[b] for b in buckets])[0]
+            name = first if share < alone else rng.choices(buckets, [shares[b] for b in buckets])[0]
             guided = self.teacher is not None and share >= 1 - DISTILLED
             if guided and not self.distilling:
                 self.distilling = True

@@ -93,12 +93,26 @@ def test_the_model_is_stock_again_after_a_method():
 def test_out_of_reach_and_all_dense_are_said():
     bench = StepBench("cpu", "float32")
     task = {"model": "wan2.1-14b", "size": TOY, "layers": 1, "compiled": False}
+    task["precision"] = None
     row = bench.measure({**task, "attention": "radial", "density": 0.01})
     assert row["reaches"] > 0.01
     assert row["block_density"] == pytest.approx(row["reaches"], abs=1e-3)
     image = {**task, "model": "flux.1-dev"}
     row = bench.measure({**image, "attention": "radial", "density": None})
     assert "every call is dense" in row["refused"]
+
+
+def test_each_precision_is_a_task_of_sparse_methods_alone():
+    tasks = list(
+        step_tasks(
+            models=["wan2.1-14b"], sizes=[TOY], methods=["dense", "gna"], densities=[0.5],
+            modes=[False], layers=1, precisions=[None, "fp8"],
+        )
+    )  # fmt: skip
+    told = [(task["attention"], task["density"], task["precision"]) for task in tasks]
+    assert told == [
+        (STOCK, None, None), ("dense", None, None), ("gna", 0.5, None), ("gna", 0.5, "fp8"),
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

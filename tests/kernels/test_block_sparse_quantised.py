@@ -83,7 +83,7 @@ def check(
     exact, exact_lse = masked_attention(*(x.double() for x in qkv), mask, scale)
     # A number on the edge of two roundings may fall either way, which is rare.
     assert relative_error(out, formula) < torch.finfo(out.dtype).eps + 0.1 * BOUNDS[precision]
-    assert relative_error(lse, formula_lse) < 1e-4
+    assert relative_error(lse, formula_lse) < 2e-4  # 8-bit products have short sums on Hopper
     error = accuracy(out, exact)["relative_error"]
     assert error < 1.1 * accuracy(formula, exact)["relative_error"] + torch.finfo(out.dtype).eps
     assert relative_error(lse, exact_lse) < 0.01

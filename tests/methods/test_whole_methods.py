@@ -165,7 +165,7 @@ def test_keys_constant_in_groups_make_levels_exact(level: int, dtype: torch.dtyp
     assert isinstance(plan, JointPlan)
     assert set(plan.levels.unique().tolist()) == {1, level}
     exact = dense(query.double(), key.double(), value.double())
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3}[dtype]
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3}[dtype]
     assert (out.double() - exact).norm() / exact.norm() <= tolerance
 
 
