@@ -73,6 +73,7 @@ STUDY: dict[str, Row] = {
     "pisa, covariance": {"covariance_weighted": True},
     "pisa, no covariance": {"covariance_weighted": False},
     "psa, 2 samples": {"samples_per_block": 2},
+    "psa, 4 samples": {"samples_per_block": 4},
     "psa, 16 samples": {"samples_per_block": 16},
     "psa, levels of ends": {"mode": "top_k"},
     "psa, raster": {"order": "raster"},

@@ -57,6 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gna": {},
     "gna + remainder": {"remainder": "pooled"},
     "psa": {},
+    "psa, 16 samples": {"samples_per_block": 16},
     "rectified": {},
     "pisa": {},
     "pisa, zeroth order": {"terms": 0},
