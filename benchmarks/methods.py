@@ -57,8 +57,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "gna": {},
     "gna + remainder": {"remainder": "pooled"},
     "psa": {},
-    "psa, 16 samples": {"samples_per_block": 16},
+    "psa, 32 samples": {"samples_per_block": 32},
     "rectified": {},
+    "rectified, not gain-aware": {"gain_aware": False},
     "pisa": {},
     "pisa, zeroth order": {"terms": 0},
 }

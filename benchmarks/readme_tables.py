@@ -26,11 +26,12 @@ HEADLINE_MODEL, HEADLINE_SIZES = "wan2.1-14b", ("720p81", "480p81")
 KERNELS = "kernel.bf16"
 PEERS = {"flex": "FlexAttention", "flash_attn_4": "flash-attn-4", "cudnn": "cuDNN dense"}
 RATIOS = {"vs_cudnn": "ours / cuDNN", "vs_fa4": "ours / flash-attn-4"}
-METHODS_FILES = "methods-h*.json"
+METHODS_FILES = "methods-*.json"
 FIDELITY_FILES = "fidelity-*.json"
 FIDELITY_METHODS = (
-    "radial", "radial + remainder", "gna", "gna + remainder", "psa", "rectified",
-    "rectified, no neighbours", "pisa",
+    "radial", "radial + remainder", "gna", "gna + remainder", "psa", "psa, 8 samples",
+    "rectified", "rectified, not gain-aware", "rectified, no neighbours, not gain-aware", "pisa",
+    "pisa, raster, first order", "pisa, patches, first order",
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -86,20 +87,27 @@ def steps(rows: dict[str, Row]) -> str:
     """Return forwards of all other models and sizes that were measured."""
     headlines = tuple(f"step.{HEADLINE_MODEL}.{size}." for size in HEADLINE_SIZES)
     others = {
-        prefix.rsplit(".", 1)[0] + "."
+        prefix.removesuffix("stock")
         for prefix in rows
-        if prefix.startswith("step.") and not prefix.startswith(headlines)
+        if prefix.startswith("step.")
+        and prefix.endswith(".stock")
+        and not prefix.startswith(headlines)
     }
     return step_table(rows, sorted(others)) if others else ""
 
 
 def step_table(rows: dict[str, Row], places: Iterable[str]) -> str:
-    """Return a line for each way of attending, the slowest first, by model and size."""
+    """Return a line for each way of attending, the slowest first, by model and size.
+
+    What was measured on another machine than the newest stock forward is left out.
+    """
     found = [
         (place, prefix.removeprefix(place), row)
         for place in places
         for prefix, row in sorted(rows.items(), key=lambda item: -item[1].get("forward_s", 0))
-        if prefix.startswith(place) and not prefix.endswith("stock-cudnn")
+        if prefix.startswith(place)
+        and not prefix.endswith("stock-cudnn")
+        and row["file"] == rows[f"{place}stock"]["file"]
     ]
     optional = {"vs_compiled": "over compiled", "amdahl": "Amdahl's bound"}
     shown = {k: v for k, v in optional.items() if any(k in row for *_, row in found)}
@@ -258,27 +266,46 @@ def quality() -> str:
 
 def methods() -> str:
     """Return what each method's attention takes, choosing included, at density .15."""
-    data = load(max(RESULTS.glob(METHODS_FILES)).name)
+    files = sorted(
+        (load(path.name) for path in RESULTS.glob(METHODS_FILES)),
+        key=lambda data: data["manifest"]["date"],
+    )
+    measured = {  # a later file's rows replace those of an earlier one
+        (row["tokens"], row["density"], row["method"]): row
+        for data in files
+        for row in data["rows"]
+        if "speedup" in row and (row["density"] == 0.15 or "reaches" in row)
+    }
+    data = files[-1]
     rows = [
         [
             f"{row['tokens']:,}",
             row["method"],
+            row["operator"],
             f"{row['achieved_density']:.2f}",
             f"{row['choosing_of_dense']:.1%}",
             f"{row['total_ms']:.1f} ms",
             f"{row['cudnn_dense_ms']:.1f} ms",
             f"{row['speedup']:.2f}x",
         ]
-        for row in sorted(data["rows"], key=lambda row: row["tokens"])
-        if "speedup" in row and (row["density"] == 0.15 or "reaches" in row)
+        for row in sorted(measured.values(), key=lambda row: row["tokens"])
     ]
     note = (
         f"One attention call on one {data['manifest']['gpu']}, bf16, {data['heads']} heads of "
         f"{data['head_size']}; density .15 asked, methods that can't reach it at their least; "
         '"choosing" is statistics, importance and selection, as a share of dense time. '
-        f"{source(data)}\n"
+        f"{' '.join(map(source, files))}\n"
     )
-    columns = ["tokens", "method", "density", "choosing", "in all", "cuDNN dense", "speed-up"]
+    columns = [
+        "tokens",
+        "method",
+        "kernel",
+        "density",
+        "choosing",
+        "in all",
+        "cuDNN dense",
+        "speed-up",
+    ]
     return markdown(columns, rows) + note
 
 
@@ -299,7 +326,8 @@ def fidelity() -> str:
     settings = files[0]["settings"]
     note = (
         "PSNR in dB / SSIM to dense attention's own output, at equal density over the sparse "
-        "calls (choosing included, met within 10 %; a dash: out of the method's reach). "
+        "calls (choosing included, met within 10 %; a dash: out of the method's reach; empty: not "
+        "measured). "
         f"{settings['prompts']} prompts, same noise, first quarter of the steps dense, blocks of "
         f"{settings['block']} tokens. {' '.join(source(data) for data in files)}\n"
     )
@@ -311,7 +339,7 @@ def fidelity() -> str:
 
 def _fidelity_cell(row: dict[str, Any]) -> str:
     if "ssim" not in row:
-        return "-"
+        return "-" if "unreachable" in row else ""
     decibels = "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
     return f"{decibels} / {row['ssim']:.3f}"
 

@@ -52,8 +52,8 @@ def step_table(rows: Rows) -> Table:
         mode = "compiled" if row["compiled"] else "eager"
         told.append({**row, **shares, "mode": mode, "asked": row["density"]})
     columns = ("model", "size", "mode", "attention", "asked", "precision", "reaches",
-               "block_density", "forward_s", "vs_eager", "vs_compiled", "amdahl", "in_attention", "in_matmul",
-               "in_rest", "peak_gib")  # fmt: skip
+               "block_density", "forward_s", "vs_eager", "vs_compiled", "amdahl", "in_attention",
+               "in_matmul", "in_rest", "peak_gib")  # fmt: skip
     return _table(columns, told, "amdahl: the bound over dense in the same mode, at this density")
 
 

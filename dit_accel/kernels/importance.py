@@ -35,7 +35,7 @@ def sampled_importance(
         key_block: video tokens per key block.
         text_length: text rows.
         samples_per_block: tokens sampled from a whole block, of query and key alike; None takes a
-            quarter of each.
+            eighth of each.
         scale: positive factor on ``query . key``; ``D ** -0.5`` if None.
         backend: "torch", "triton", or "auto": Triton for CUDA tensors that its kernel can take
             (float16, bfloat16 or float32; head size up to 256; a power of two of sampled keys per
@@ -101,8 +101,8 @@ def _largest_weights(
 
 
 def samples_of(block: int, asked: int | None) -> int:
-    """Return how many tokens of a whole block are sampled: as asked, or a quarter."""
-    return max(1, block // 4) if asked is None else min(asked, block)
+    """Return how many tokens of a whole block are sampled: as asked, or an eighth."""
+    return max(1, block // 8) if asked is None else min(asked, block)
 
 
 def _sample(tokens: Tensor, block: int, samples: int | None) -> tuple[Tensor, int]:

@@ -52,10 +52,10 @@ class RectifiedSpaAttn(SelectingMethod):
         block_size: tokens per block, of queries and keys: 16, 32, 64 or 128.
         gain_aware: add only blocks for which ``|mean q . mean k|`` exceeds the estimated error of
             the means, and give the others' shares to the critical ones, as the paper does
-            (gain-aware pooling rectification). Off by default: the test looks at the size of a
-            score and not at that of a weight, so that blocks with scores near 0 are never added
-            and strongly negative ones are. On smooth synthetic tokens at 26 % density, adding
-            every block left an error of 0.24 against dense, the paper's choice 0.53.
+            (gain-aware pooling rectification). The test looks at the size of a score and not at
+            that of a weight, so that blocks with scores near 0 are never added and strongly
+            negative ones are; yet on all four bundled models, at densities .25 and .15, it brings
+            generations nearer to dense, by 0.1 to 2.4 dB (`fidelity-*.json`).
         neighbours: whether blocks that touch the query block's tokens, also diagonally, are
             always critical.
         first_frame: whether a video's blocks with tokens of the first frame always see each other.
@@ -71,7 +71,7 @@ class RectifiedSpaAttn(SelectingMethod):
     drop: float = 0.75
     cumulative: float = 0.3
     block_size: int = 128
-    gain_aware: bool = False
+    gain_aware: bool = True
     neighbours: bool = True
     first_frame: bool = False
     order: str = "hilbert"
@@ -156,7 +156,7 @@ class RectifiedSpaAttn(SelectingMethod):
         return critical[..., :-1] | always
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, selection: Tensor, text_length: int
+        self, query: Tensor, key: Tensor, value: Tensor, selection: Tensor, layout: TokenLayout
     ) -> Tensor:
         """Scale what is critical, add what is not; see `SelectingMethod.reference`."""
         statistics = block_statistics(
@@ -165,11 +165,11 @@ class RectifiedSpaAttn(SelectingMethod):
             value,
             query_block=self.block_size,
             key_block=self.block_size,
-            text_length=text_length,
+            text_length=layout.text_length,
             wanted=frozenset({"query_deviation", "key_deviation"}),
             backend="torch",
         )
-        factor, added = self._rectification(statistics, key, selection, text_length)
+        factor, added = self._rectification(statistics, key, selection, layout.text_length)
         out, _ = joint_attention(
             query,
             key,
@@ -177,7 +177,7 @@ class RectifiedSpaAttn(SelectingMethod):
             selection.to(torch.int8),
             query_block=self.block_size,
             key_block=self.block_size,
-            text_length=text_length,
+            text_length=layout.text_length,
             row_factor=factor.to(query.dtype),
             added=added.to(query.dtype),
         )

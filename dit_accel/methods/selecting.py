@@ -98,7 +98,7 @@ class SelectingMethod(AttentionMethod):
         key: Tensor,
         value: Tensor,
         selection: Tensor,
-        text_length: int,
+        layout: TokenLayout,
     ) -> Tensor:
         """Return `reference`'s answer for tokens that are already in order."""
 
@@ -194,7 +194,7 @@ class SelectingMethod(AttentionMethod):
                 f"selection has shape {shape}, but these tokens have {full}: (batch, heads, query "
                 "blocks, key blocks)."
             )
-        out = self.attend(q, k, v, selection, text_length)
+        out = self.attend(q, k, v, selection, layout)
         return reordered(out, torch.argsort(index))
 
     def plan(

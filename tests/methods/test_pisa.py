@@ -158,16 +158,23 @@ def test_unreachable_density_names_one_that_works():
 
 
 def test_orders():
-    assert PISA().token_order((1, 64, 64)) == IMAGE_PATCHES
-    assert PISA().token_order((21, 8, 8)) == RASTER
+    assert PISA().token_order((1, 64, 64)) == HILBERT
+    assert PISA(order="patches").token_order((1, 64, 64)) == IMAGE_PATCHES
     assert PISA(order="raster").token_order((1, 64, 64)) == RASTER
     assert PISA(order="hilbert").token_order((21, 8, 8)) == HILBERT
+
+
+def test_the_first_order_is_for_videos_unless_asked_for():
+    assert "moment" in PISA().wanted(LAYOUTS[0])
+    assert "moment" not in PISA().wanted(LAYOUTS[1])
+    assert "moment" in PISA(terms=1).wanted(LAYOUTS[1])
+    assert "moment" not in PISA(terms=0).wanted(LAYOUTS[0])
 
 
 def test_covariance_is_for_images_unless_asked_for():
     layout = LAYOUTS[0]
     assert PISA().wanted(layout) == {"moment"}
-    assert PISA().wanted(LAYOUTS[1]) == {"moment", "moment_norm"}
+    assert PISA(terms=1).wanted(LAYOUTS[1]) == {"moment", "moment_norm"}
     assert PISA(covariance_weighted=True, terms=0).wanted(layout) == {"moment_norm"}
     assert PISA(covariance_weighted=False, terms=0).wanted(LAYOUTS[1]) == frozenset()
 
