@@ -1,34 +1,30 @@
-"""Fits caches to a pipeline: coefficients and ratios for a model, a strength for a wish.
+"""Chooses a cache's strength for a wish, by a short probe on the user's own pipeline.
 
-All of it generates a few prompts on the user's own pipeline. Speed is counted in block calls, which
-are the same on every machine; error is how far the final latents are from the dense ones.
+Speed is counted in block calls, which are the same on every machine; error is how far the final
+latents are from those of the pipeline without any acceleration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dit_accel.acceleration import accelerate_pipeline, acceleration_report, restore_pipeline
 from dit_accel.caching.base import Cache
-from dit_accel.caching.gates import Gate, Look, relative_l1
-from dit_accel.caching.predictors import Predictor, When
-from dit_accel.caching.stack import Setting, StackCache
+from dit_accel.caching.gates import relative_l1
+from dit_accel.composition import MethodChoice, members
 from dit_accel.errors import OptionError
 from dit_accel.generation import GenerationRequest, Progress, pipeline_arguments
-from dit_accel.pipelines.base import Streams
 from dit_accel.registry import method_class
 
-DEGREE = 4
-"""Of TeaCache's polynomial."""
-BISECTIONS = 4
-LADDER = (0.25, 0.5, 1.0, 2.0, 4.0, 16.0)
-"""Multiples of a cache's usual strengths that are tried first."""
+TRIES = 6
+"""Strengths that are tried for a goal, beside those that are known."""
+NEAR = 1.1
+"""Strengths that differ by less than this factor count as the same."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +43,45 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What is wished for: one of the two.
+
+    Attributes:
+        target_speedup: the weakest strength that skips this much, in block calls.
+        max_error: the strongest one whose error is at most this.
+
+    Raises:
+        OptionError: if not exactly one is given, or it is no possible number.
+    """
+
+    target_speedup: float | None = None
+    max_error: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if (self.target_speedup is None) == (self.max_error is None):
+            raise OptionError(
+                "give one goal: target_speedup=, such as 2, or max_error=, such as 0.1."
+            )
+        if self.target_speedup is not None and not 1 < self.target_speedup < float("inf"):
+            raise OptionError(f"target_speedup={self.target_speedup!r} must be over 1.")
+        if self.max_error is not None and not 0 < self.max_error < float("inf"):
+            raise OptionError(f"max_error={self.max_error!r} must be over 0.")
+
+    def reached(self, point: Point) -> bool:
+        """Whether a point is at least as strong as the goal asks for."""
+        if self.target_speedup is not None:
+            return point.speedup >= self.target_speedup
+        return point.error > (self.max_error or 0.0)
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What `calibrate_cache` found.
 
     Attributes:
         method: name of the cache.
-        options: to give to `accelerate_pipeline`, the strength among them.
+        options: of that cache, the strength among them, to give to `accelerate_pipeline`.
         chosen: the point that was chosen.
         curve: all points that were tried, weak to strong.
     """
@@ -69,211 +98,174 @@ class Calibration:
 
 def calibrate_cache(
     pipe: Any,
-    method: str,
+    method: MethodChoice,
     requests: Sequence[GenerationRequest],
     *,
     target_speedup: float | None = None,
     max_error: float | None = None,
-    options: dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Choose a cache's strength by a short probe, and leave the pipeline as it is.
 
     Args:
-        pipe: a pipeline of a known family.
-        method: name of a cache.
-        requests: a few prompts, with few steps and a small size if time is short. More steps
-            reuse more, so probe with the number of steps that will be used.
-        target_speedup: take the weakest strength that skips this much, in block calls.
-        max_error: take the strongest one whose error is at most this. One of the two is needed.
-        options: other options of the cache.
+        pipe: a pipeline of a known family, not accelerated.
+        method: name of a cache, or a list of names with one cache among them: an attention method
+            changes what a cache finds.
+        requests: a few prompts, with a small size if time is short. More steps reuse more, so
+            probe with the number of steps that will be used.
+        target_speedup: see `Goal`; or ``max_error``.
+        options: other keyword arguments of `accelerate_pipeline`.
         progress: told of every generation.
 
     Raises:
-        OptionError: if not exactly one goal is given, the method is no cache, or no strength
-            reaches the goal (the message says how far it goes).
+        OptionError: if not exactly one goal is given, there is no cache among the methods, or no
+            strength reaches the goal (the message says how far it goes).
     """
-    if (target_speedup is None) == (max_error is None):
-        raise OptionError("give one goal: target_speedup=, such as 2, or max_error=, such as 0.1.")
-    cls = method_class(method)
-    if not issubclass(cls, Cache):
-        raise OptionError(f"{method!r} is no cache: calibrate one of list_methods('cache').")
-    if not requests:
-        raise OptionError("no prompts: give at least one.")
-    probe = _Probing(pipe, cls, requests, dict(options or {}), progress)
-
-    def reached(point: Point) -> bool:
-        """Whether this is at least as strong as the goal asks for."""
-        if target_speedup is not None:
-            return point.speedup >= target_speedup
-        return point.error > (max_error or 0.0)
-
-    points = [probe.point(value) for value in _ladder(cls)]
-    strong = next((i for i, point in enumerate(points) if reached(point)), None)
-    if strong is not None and strong > 0 and isinstance(cls.strengths[0], float):
-        low, high = points[strong - 1], points[strong]
-        for _ in range(BISECTIONS):
-            middle = probe.point((low.strength * high.strength) ** 0.5)
-            points.append(middle)
-            low, high = (low, middle) if reached(middle) else (middle, high)
-    curve = tuple(sorted(points, key=lambda point: point.strength))
-    fitting = [p for p in curve if reached(p) == (target_speedup is not None)]
-    if not fitting:
-        best = max(p.speedup for p in curve), min(p.error for p in curve)
+    goal = Goal(target_speedup, max_error)
+    probe = CacheProbe(pipe, method, requests, options, progress=progress)
+    weaker, stronger = probe.search(goal)
+    chosen = stronger if target_speedup is not None else weaker
+    if chosen is None:
+        fastest = max(point.speedup for point in probe.curve)
+        nearest = min(point.error for point in probe.curve)
         raise OptionError(
-            f"{method} does not get there: at most {best[0]:.2f}x, at least an error of "
-            f"{best[1]:.3f} on these prompts. Choose another goal or another cache."
+            f"{probe.cache.name} does not get there: at most {fastest:.2f}x, at least an error of "
+            f"{nearest:.3f} on these prompts. Choose another goal or another cache."
         )
-    chosen = fitting[0] if target_speedup is not None else fitting[-1]
-    found = {**(options or {}), cls.strength: chosen.strength}
-    return Calibration(method, found, chosen, curve)
+    own = {**probe.own_options, probe.cache.strength: chosen.strength}
+    return Calibration(probe.cache.name, own, chosen, probe.curve)
 
 
-def _ladder(cls: type[Cache]) -> list[float]:
-    if isinstance(cls.strengths[0], int):
-        return list(range(1, int(cls.strengths[-1]) + 3))
-    values = {cls.strengths[1] * factor for factor in LADDER}
-    return sorted(value for value in values if value < 1 or cls.strength != "fraction")
+class CacheProbe:
+    """Generates some prompts densely once, and with a cache's strength as often as asked.
 
-
-class _Probing:
-    """Generates the prompts densely once, and with a strength as often as asked."""
+    Args:
+        pipe, method, requests, options, progress: see `calibrate_cache`.
+        batch: prompts generated at once; they must then differ in prompt and seed alone.
+        known: points measured earlier under the same circumstances.
+    """
 
     def __init__(
         self,
         pipe: Any,
-        cls: type[Cache],
+        method: MethodChoice,
         requests: Sequence[GenerationRequest],
-        options: dict[str, Any],
-        progress: Progress | None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        batch: int = 1,
+        known: Sequence[Point] = (),
+        progress: Progress | None = None,
     ) -> None:
-        self.pipe, self.cls, self.requests, self.options = pipe, cls, requests, options
+        if not requests:
+            raise OptionError("no prompts: give at least one.")
+        self.pipe, self.method = pipe, members(method)
+        self.cache = cache_among(self.method)
+        self.options = dict(options or {})
+        self.own_options = self._own_options()
+        self.batches = [requests[at : at + batch] for at in range(0, len(requests), batch)]
         self.progress, self.done = progress, 0
-        self.dense = [self._latents(request) for request in requests]
+        self._points = {point.strength: point for point in known}
+        self._dense: list[Tensor] | None = None
+
+    @property
+    def curve(self) -> tuple[Point, ...]:
+        """All points so far, weak to strong."""
+        return tuple(self._points[strength] for strength in sorted(self._points))
+
+    def search(self, goal: Goal) -> tuple[Point | None, Point | None]:
+        """Return the strongest point tried that misses the goal and the weakest that reaches it."""
+        for _ in range(TRIES):
+            weaker, stronger = self._bracket(goal.reached)
+            value = self._between(weaker, stronger)
+            if value is None or value in self._points:
+                break
+            self.point(value)
+        return self._bracket(goal.reached)
 
     def point(self, strength: float) -> Point:
-        """Measure one strength."""
-        errors, run, calls = [], 0, 0
-        options = {**self.options, self.cls.strength: strength}
+        """Measure one strength, or recall it."""
+        if strength not in self._points:
+            self._points[strength] = self._measure(strength)
+        return self._points[strength]
+
+    def _bracket(self, reached: Callable[[Point], bool]) -> tuple[Point | None, Point | None]:
+        stronger = next((point for point in self.curve if reached(point)), None)
+        weaker = [p for p in self.curve if stronger is None or p.strength < stronger.strength]
+        return (weaker[-1] if weaker else None), stronger
+
+    def _between(self, weaker: Point | None, stronger: Point | None) -> float | None:
+        """Return the next strength to try; None if the two are near enough."""
+        most, usual = self.cache.most, self.cache.strengths[1]
+        if isinstance(usual, int):
+            following = 2 if weaker is None else int(weaker.strength) + 1  # 1 reuses nothing
+            return following if stronger is None else None
+        if weaker is None:
+            return usual if stronger is None else stronger.strength / 4
+        if stronger is None:
+            above = weaker.strength * 4
+            return above if above < most else (weaker.strength + most) / 2
+        if stronger.strength < NEAR * weaker.strength:
+            return None
+        return float((weaker.strength * stronger.strength) ** 0.5)
+
+    def _own_options(self) -> dict[str, Any]:
+        """Return the cache's share of the options, which a calibration repeats."""
+        fields = self.cache.__dataclass_fields__
+        own = {name: value for name, value in self.options.items() if name in fields}
+        return own | dict(self.options.get(self.cache.name, {}))
+
+    def _measure(self, strength: float) -> Point:
+        if self._dense is None:
+            self._dense = [self._latents(requests) for requests in self.batches]
+        name, option = self.cache.name, self.cache.strength
+        own = {**self.options.get(name, {}), option: strength}
+        given = {k: v for k, v in self.options.items() if k != option} | {name: own}
+        errors: list[float] = []
+        calls = run = 0
         try:
-            accelerate_pipeline(self.pipe, self.cls.name, **options)
-            for request, dense in zip(self.requests, self.dense, strict=True):
-                errors.append(relative_l1(self._latents(request), dense))
+            accelerate_pipeline(self.pipe, self.method, **given)
+            for requests, dense in zip(self.batches, self._dense, strict=True):
+                latents = self._latents(requests)
+                errors += [relative_l1(*pair) for pair in zip(latents, dense, strict=True)]
                 report = acceleration_report(self.pipe)
                 calls += report.block_calls
                 run += sum(sum(step.ran) for step in report.steps)
         finally:
             restore_pipeline(self.pipe)
-        return Point(strength, calls / run, sum(errors) / len(errors))
+        return Point(strength, calls / run if run else 1.0, sum(errors) / len(errors))
 
-    def _latents(self, request: GenerationRequest) -> Tensor:
-        latents = run_latents(self.pipe, request)
+    def _latents(self, requests: Sequence[GenerationRequest]) -> Tensor:
+        latents = run_latents(self.pipe, requests)
         self.done += 1
         if self.progress is not None:
-            rungs = 1 + len(_ladder(self.cls)) + BISECTIONS
-            self.progress("generations", self.done, rungs * len(self.requests))
+            self.progress("generations", self.done, (1 + TRIES) * len(self.batches))
         return latents
 
 
-def run_latents(pipe: Any, request: GenerationRequest) -> Tensor:
-    """Generate a request and return its final latents."""
+def cache_among(method: MethodChoice) -> type[Cache]:
+    """Return the class of the one cache of a choice, which must be given by name.
+
+    Raises:
+        OptionError: if there is none.
+    """
+    for member in members(method):
+        cls = method_class(member) if isinstance(member, str) else None
+        if cls is not None and issubclass(cls, Cache):
+            return cls
+    raise OptionError(
+        f"there is no cache among {method!r} whose strength to choose: name one of "
+        "list_methods('cache')."
+    )
+
+
+def run_latents(pipe: Any, requests: Sequence[GenerationRequest]) -> Tensor:
+    """Generate requests that differ in prompt and seed alone; return the final latents [B, ...]."""
     pipe.set_progress_bar_config(disable=True)
     output = pipe(
-        **pipeline_arguments(pipe, request),
-        generator=torch.Generator().manual_seed(request.seed),
+        **pipeline_arguments(pipe, requests[0]) | {"prompt": [r.prompt for r in requests]},
+        generator=[torch.Generator().manual_seed(request.seed) for request in requests],
         output_type="latent",
     )
     latents: Tensor = output.frames if hasattr(output, "frames") else output.images
     return latents
-
-
-# ------------------------------------------------------------------- coefficients and ratios
-
-
-@dataclass(frozen=True)
-class _Measuring(StackCache):
-    """Reuses nothing; notes what TeaCache's and MagCache's numbers are made of."""
-
-    name: ClassVar[str] = "measuring"
-
-    changes: list[tuple[float, float]] = field(default_factory=list, compare=False)
-    ratios: dict[tuple[str, int], list[float]] = field(default_factory=dict, compare=False)
-
-    def gate(self, setting: Setting) -> Gate:
-        """Watch the first block's modulated input and the transformer's output."""
-        return _Changes(self.changes)
-
-    def predictor(self, setting: Setting) -> Predictor:
-        """Watch the stack's residual."""
-        return _Sizes(self.ratios, setting.moment.branch)
-
-
-class _Changes(Gate):
-    def __init__(self, changes: list[tuple[float, float]]) -> None:
-        self._changes = changes
-        self._before: tuple[Tensor, Tensor] | None = None
-        self._modulated: Tensor | None = None
-
-    def reusable(self, look: Look) -> bool:
-        return False
-
-    def settled(self, look: Look, full: bool) -> None:
-        self._modulated = look.modulated
-
-    def finished(self, output: Tensor, full: bool) -> None:
-        if self._modulated is not None:
-            if self._before is not None:
-                change = relative_l1(self._modulated, self._before[0])
-                self._changes.append((change, relative_l1(output, self._before[1])))
-            self._before = self._modulated, output
-
-
-class _Sizes(Predictor):
-    every_step = True
-
-    def __init__(self, ratios: dict[tuple[str, int], list[float]], branch: str) -> None:
-        super().__init__()
-        self._ratios, self._branch = ratios, branch
-
-    def update(self, when: When, residual: Streams) -> None:
-        size = residual.video.float().norm(dim=-1)
-        if self._points:
-            before = self._points[0][1].video.float().norm(dim=-1).clamp_min(1e-12)
-            ratio = float((size / before).mean())
-            self._ratios.setdefault((self._branch, when.step), []).append(ratio)
-        super().update(when, residual)
-
-
-def fit_model(
-    pipe: Any, requests: Sequence[GenerationRequest], *, progress: Progress | None = None
-) -> dict[str, dict[str, Any]]:
-    """Fit TeaCache's coefficients and MagCache's ratios; leave the pipeline as it is.
-
-    TeaCache wants some 50 prompts, MagCache is content with one.
-
-    Returns:
-        Options by method, for `accelerate_pipeline` or a model's ``caching.json``.
-    """
-    if not requests:
-        raise OptionError("no prompts: give at least one.")
-    measuring = _Measuring(min_steps=0)
-    try:
-        accelerate_pipeline(pipe, measuring)
-        for index, request in enumerate(requests):
-            run_latents(pipe, request)
-            if progress is not None:
-                progress("prompts", index + 1, len(requests))
-    finally:
-        restore_pipeline(pipe)
-    changes = np.asarray([pair for pair in measuring.changes if np.isfinite(pair).all()])
-    coefficients = np.polyfit(changes[:, 0], changes[:, 1], DEGREE)
-    options: dict[str, dict[str, Any]] = {
-        "teacache": {"coefficients": coefficients.tolist(), "indicator": "modulated"},
-        "magcache": {},
-    }
-    steps = 1 + max(step for _, step in measuring.ratios)
-    for branch in {branch for branch, _ in measuring.ratios}:
-        name = "uncond_ratios" if branch == "uncond" else "ratios"
-        means = (measuring.ratios.get((branch, step), [1.0]) for step in range(steps))
-        options["magcache"][name] = [round(sum(m) / len(m), 5) for m in means]
-    return options

@@ -128,9 +128,10 @@ def calibrate(
     caching.json in the model's folder, it is found there by itself.
     """
     from dit_accel.caching.brought import read_calibration
-    from dit_accel.calibration import calibrate_cache, fit_model
+    from dit_accel.calibration import calibrate_cache
     from dit_accel.environment import pick_device
     from dit_accel.files import check_outputs, write_text
+    from dit_accel.fitting import fit_model
     from dit_accel.models import load_pipeline
 
     quieten_libraries()
