@@ -23,6 +23,7 @@ import json
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -40,6 +41,7 @@ from dit_accel import accelerate_pipeline, acceleration_report, list_methods, re
 from dit_accel.bench.measuring import guarded, manifest
 from dit_accel.bench.runs import ResultFile
 from dit_accel.caching.base import Cache
+from dit_accel.caching.profile import Profile
 from dit_accel.caching.profiling import ProfilingCache, refresh_steps
 from dit_accel.caching.stack import StackCache
 from dit_accel.calibration import CacheProbe, Goal
@@ -58,7 +60,7 @@ Row = dict[str, Any]
 SHARES = (0.7, 0.5, 0.35)  # of the block calls that run, weak to strong
 PROBE_PROMPTS = 4
 OPTIONS: dict[str, Row] = {
-    "dual_block_cache": {"first_blocks": 1, "order": 1, "first_steps": 0.15},
+    "dual_block_cache": {"first_blocks": 1, "last_blocks": 1, "first_steps": 1},
     "profiling_cache": {"longest": 16, "shortest": 8},
 }
 """What suits models of few blocks and generations of few steps; all else is as usual."""
@@ -109,6 +111,9 @@ def closed_form(cache: Cache, report: AccelerationReport, blocks: int) -> int:
     """Return the block calls that follow from the cache's rule and its full steps."""
     steps = report.steps
     if isinstance(cache, ProfilingCache):
+        if cache.profile is not None:
+            listed = Profile.load(cache.profile).background_blocks(cache.fraction)
+            cache = replace(cache, blocks=listed, profile=None)
         total = len({step.step for step in steps})
         first = cache.limits(total).first
         uniform = refresh_steps(total, first, cache.interval, cache.interval)
@@ -182,7 +187,8 @@ class ModelBench:
         own = {name: OPTIONS.get(name, {})}
         probe = CacheProbe(self.pipe, name, few, own, batch=batch)
         found = [probe.search(Goal(target_speedup=1 / share))[1] for share in SHARES]
-        chosen = list(dict.fromkeys((point or probe.curve[-1]).strength for point in found))
+        strongest = max(probe.curve, key=lambda point: (point.speedup, -point.strength))
+        chosen = list(dict.fromkeys((point or strongest).strength for point in found))
         return {"strengths": chosen, "curve": [asdict(point) for point in probe.curve]}
 
     def measure(self, task: Mapping[str, Any]) -> Row:
@@ -345,11 +351,11 @@ def summary(contents: Sequence[Row]) -> Row:
         keep = ("cache", "strength", "share_run", "psnr_db", "ssim", "latent", "speedup")
         found[content["model"]] = {
             "rows": len(rows),
-            "not_measured": [
+            "not_measured": Counter(
                 f"{row.get('probe') or row['cache']}: {row.get('refused') or row['failed']}"
                 for row in content["rows"]
                 if "refused" in row or "failed" in row
-            ],
+            ),
             "not_the_closed_form": sum(
                 row.get("block_calls_run") != row.get("closed_form") for row in rows
             ),

@@ -23,8 +23,8 @@ from dit_accel.registry import method_class
 
 TRIES = 6
 """Strengths that are tried for a goal, beside those that are known."""
-NEAR = 1.1
-"""Strengths that differ by less than this factor count as the same."""
+NEAR = 0.05
+"""Share by which a goal may be overshot, or two strengths differ, without another try."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,14 @@ class Goal:
             raise OptionError(f"target_speedup={self.target_speedup!r} must be over 1.")
         if self.max_error is not None and not 0 < self.max_error < float("inf"):
             raise OptionError(f"max_error={self.max_error!r} must be over 0.")
+
+    def met(self, weaker: Point | None, stronger: Point | None) -> bool:
+        """Whether no strength between two points would serve much better."""
+        if weaker and stronger and stronger.strength <= (1 + NEAR) * weaker.strength:
+            return True
+        if self.target_speedup is not None:
+            return stronger is not None and stronger.speedup <= (1 + NEAR) * self.target_speedup
+        return weaker is not None and weaker.error >= (1 - NEAR) * (self.max_error or 0.0)
 
     def reached(self, point: Point) -> bool:
         """Whether a point is at least as strong as the goal asks for."""
@@ -177,8 +185,8 @@ class CacheProbe:
         """Return the strongest point tried that misses the goal and the weakest that reaches it."""
         for _ in range(TRIES):
             weaker, stronger = self._bracket(goal.reached)
-            value = self._between(weaker, stronger)
-            if value is None or value in self._points:
+            value = None if goal.met(weaker, stronger) else self._between(weaker, stronger)
+            if value is None:
                 break
             self.point(value)
         return self._bracket(goal.reached)
@@ -195,8 +203,11 @@ class CacheProbe:
         return (weaker[-1] if weaker else None), stronger
 
     def _between(self, weaker: Point | None, stronger: Point | None) -> float | None:
-        """Return the next strength to try; None if the two are near enough."""
+        """Return the next strength to try; None if there is none."""
         most, usual = self.cache.most, self.cache.strengths[1]
+        if stronger is None and len(self.curve) > 1 and 1 < self.curve[-2].speedup:
+            if self.curve[-1].speedup <= self.curve[-2].speedup:
+                return None  # it skips all that it can
         if isinstance(usual, int):
             following = 2 if weaker is None else int(weaker.strength) + 1  # 1 reuses nothing
             return following if stronger is None else None
@@ -205,8 +216,6 @@ class CacheProbe:
         if stronger is None:
             above = weaker.strength * 4
             return above if above < most else (weaker.strength + most) / 2
-        if stronger.strength < NEAR * weaker.strength:
-            return None
         return float((weaker.strength * stronger.strength) ** 0.5)
 
     def _own_options(self) -> dict[str, Any]:
