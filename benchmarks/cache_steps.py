@@ -79,7 +79,9 @@ class StepBench:
                     accelerate_pipeline(self.pipe, methods, **options)
                 self._without[key] = self._loop_without(key[0])
             whole, one = self._without[key]
-            accelerate_pipeline(self.pipe, [*methods, task["cache"]], **options, **{task["cache"]: own})
+            accelerate_pipeline(
+                self.pipe, [*methods, task["cache"]], **options, **{task["cache"]: own}
+            )
             spent = min(
                 loop_s(self.pipe, SIZES[key[0]], self.args.steps) for _ in range(self.args.repeats)
             )

@@ -2,18 +2,18 @@
 
     python benchmarks/caching.py --models tiny-wan tiny-hunyuan tiny-flux tiny-sd3 --plot
 
-Sixteen fixed prompts of each model's world, all in one batch on a GPU, from the same noise: densely,
-and with every cache at three strengths, alone and together with a sparse method. Strengths of
-caches that count block calls are those, found by a short probe of four prompts, at which about 70,
-50 and 35 % of the calls run, as far as the cache goes; the others have their usual ones. Block
+Sixteen fixed prompts of each model's world, all in one batch on a GPU, from the same noise:
+densely, and with every cache at three strengths, alone and together with a sparse method. Strengths
+of caches that count block calls are those, found by a short probe of four prompts, at which about
+70, 50 and 35 % of the calls run, as far as the cache goes; the others have their usual ones. Block
 calls are counted and compared with the closed form that the cache's rule and decisions give. Time
 is that of one denoising loop; the dense one is the median of three.
 
 One JSON file a model, written after each row. A row that fails says so and the run goes on; a later
-run keeps the rows that are there and tries the failed ones again. Caches alone come first, then each
-at its middle strength with the sparse methods, then the other strengths: `--seconds` ends a model's
-run early without losing what matters most. PSNR and SSIM compare frames, "latent" is the relative
-L1 error of the final latents.
+run keeps the rows that are there and tries the failed ones again. Caches alone come first, then
+each at its middle strength with the sparse methods, then the other strengths: `--seconds` ends a
+model's run early without losing what matters most. PSNR and SSIM compare frames, "latent" is the
+relative L1 error of the final latents.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from dit_accel.caching.base import Cache
 from dit_accel.caching.profile import Profile
 from dit_accel.caching.profiling import ProfilingCache, refresh_steps
 from dit_accel.caching.stack import StackCache
-from dit_accel.calibration import CacheProbe, Goal
+from dit_accel.calibration import CacheProbe, Goal, calls_for
 from dit_accel.environment import pick_device
 from dit_accel.errors import OptionError
 from dit_accel.eval.fidelity import psnr, relative_l1, ssim
@@ -182,10 +182,9 @@ class ModelBench:
     def probe(self, task: Mapping[str, Any]) -> Row:
         """Return three strengths of a cache, and the curve that they were found on."""
         self.prepare()
-        few = self.requests[:PROBE_PROMPTS]
-        name, batch = task["probe"], min(self.batch, PROBE_PROMPTS)
-        own = {name: OPTIONS.get(name, {})}
-        probe = CacheProbe(self.pipe, name, few, own, batch=batch)
+        name = task["probe"]
+        few = calls_for(self.pipe, self.requests[:PROBE_PROMPTS], self.batch)
+        probe = CacheProbe(self.pipe, name, few, {name: OPTIONS.get(name, {})})
         found = [probe.search(Goal(target_speedup=1 / share))[1] for share in SHARES]
         strongest = max(probe.curve, key=lambda point: (point.speedup, -point.strength))
         chosen = list(dict.fromkeys((point or strongest).strength for point in found))
@@ -205,7 +204,10 @@ class ModelBench:
                 self._warm.add(attention)
             if name != "none":
                 strength = {method_class(name).strength: task["strength"]}  # type: ignore[attr-defined]
-                chosen, options = [*chosen, name], options | {name: OPTIONS.get(name, {}) | strength}
+                chosen, options = (
+                    [*chosen, name],
+                    options | {name: OPTIONS.get(name, {}) | strength},
+                )
             accelerate_pipeline(self.pipe, chosen, **options)
             clips, loop_s = self._generate(self.requests)
             report = acceleration_report(self.pipe)

@@ -6,7 +6,7 @@ latents are from those of the pipeline without any acceleration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,10 +16,16 @@ from torch import Tensor
 from dit_accel.acceleration import accelerate_pipeline, acceleration_report, restore_pipeline
 from dit_accel.caching.base import Cache
 from dit_accel.caching.gates import relative_l1
+from dit_accel.calibration_file import circumstances, load_points, save_points
 from dit_accel.composition import MethodChoice, members
 from dit_accel.errors import OptionError
 from dit_accel.generation import GenerationRequest, Progress, pipeline_arguments
+from dit_accel.models import generation_defaults, world_of
 from dit_accel.registry import method_class
+from dit_accel.world.worlds import fixed_prompts
+
+PipelineCall = Mapping[str, Any]
+"""Keyword arguments of ``pipe(...)``; see `run_latents` for its generator."""
 
 TRIES = 6
 """Strengths that are tried for a goal, beside those that are known."""
@@ -103,11 +109,20 @@ class Calibration:
         """Return everything as JSON-ready values."""
         return asdict(self)
 
+    def lines(self) -> list[str]:
+        """Return the curve for people, a line a point."""
+        option = method_class(self.method).strength  # type: ignore[attr-defined]
+        return [
+            f"{option}={point.strength:.4g}: {point.speedup:.2f}x in block calls, error "
+            f"{point.error:.4f}{' (chosen)' if point == self.chosen else ''}"
+            for point in self.curve
+        ]
+
 
 def calibrate_cache(
     pipe: Any,
     method: MethodChoice,
-    requests: Sequence[GenerationRequest],
+    calls: Sequence[PipelineCall],
     *,
     target_speedup: float | None = None,
     max_error: float | None = None,
@@ -116,12 +131,16 @@ def calibrate_cache(
 ) -> Calibration:
     """Choose a cache's strength by a short probe, and leave the pipeline as it is.
 
+    Points that were measured earlier under the same circumstances are taken from the user's cache
+    folder, and new ones are kept there; see `calibration_file`.
+
     Args:
         pipe: a pipeline of a known family, not accelerated.
         method: name of a cache, or a list of names with one cache among them: an attention method
             changes what a cache finds.
-        requests: a few prompts, with a small size if time is short. More steps reuse more, so
-            probe with the number of steps that will be used.
+        calls: keyword arguments of ``pipe(...)``, one generation each (see `calls_for`). A few
+            prompts do, at a small size if time is short. More steps reuse more, so probe with the
+            number of steps that will be used.
         target_speedup: see `Goal`; or ``max_error``.
         options: other keyword arguments of `accelerate_pipeline`.
         progress: told of every generation.
@@ -131,8 +150,18 @@ def calibrate_cache(
             strength reaches the goal (the message says how far it goes).
     """
     goal = Goal(target_speedup, max_error)
-    probe = CacheProbe(pipe, method, requests, options, progress=progress)
-    weaker, stronger = probe.search(goal)
+    probe = CacheProbe(pipe, method, calls, options, progress=progress)
+    if target_speedup is not None and not probe.cache.skips_blocks:
+        raise OptionError(
+            f"{probe.cache.name} skips no whole blocks, so no target_speedup can be counted in "
+            "block calls: give max_error=."
+        )
+    where = circumstances(pipe, method, options or {}, calls)
+    probe.recall(Point(**row) for row in load_points(where))
+    try:
+        weaker, stronger = probe.search(goal)
+    finally:
+        save_points(where, [asdict(point) for point in probe.curve])
     chosen = stronger if target_speedup is not None else weaker
     if chosen is None:
         fastest = max(point.speedup for point in probe.curve)
@@ -145,36 +174,85 @@ def calibrate_cache(
     return Calibration(probe.cache.name, own, chosen, probe.curve)
 
 
+def calibrate_for(
+    pipe: Any,
+    method: MethodChoice,
+    *,
+    probe: PipelineCall | Sequence[PipelineCall] | None,
+    target_speedup: float | None,
+    max_error: float | None,
+    options: Mapping[str, Any],
+) -> Calibration:
+    """Choose a cache's strength as `accelerate_pipeline` was asked to.
+
+    Raises:
+        OptionError: as `calibrate_cache`; also if the strength is given beside the goal, or there
+            is nothing to probe with.
+    """
+    Goal(target_speedup, max_error)
+    cache = cache_among(method)
+    if cache.strength in {**options, **options.get(cache.name, {})}:
+        raise OptionError(
+            f"{cache.strength}= and a goal both say how strong {cache.name} is: leave one out."
+        )
+    if probe is None:
+        calls: Sequence[PipelineCall] = _bundled_calls(pipe)
+    else:
+        calls = [probe] if isinstance(probe, Mapping) else list(probe)
+    if not all(isinstance(call, Mapping) for call in calls):
+        raise OptionError("probe: give keyword arguments of pipe(...), or a list of these.")
+    return calibrate_cache(
+        pipe, method, calls, target_speedup=target_speedup, max_error=max_error, options=options
+    )
+
+
+def _bundled_calls(pipe: Any) -> list[PipelineCall]:
+    """Return two of the fixed prompts of a bundled model, with its settings."""
+    world = world_of(pipe)
+    if world is None:
+        raise OptionError(
+            "say what to try strengths on, at the size and steps that you will use: "
+            "probe={'prompt': ['...', '...'], 'num_inference_steps': 30, ...}."
+        )
+    settings = vars(generation_defaults(pipe.config["_name_or_path"])).copy()
+    for name in ("fps", "world"):
+        del settings[name]
+    entries = fixed_prompts(world)
+    requests = [
+        GenerationRequest(prompt=entries[at]["prompt"], seed=at, **settings) for at in (0, 32)
+    ]
+    return calls_for(pipe, requests, batch=2)
+
+
 class CacheProbe:
     """Generates some prompts densely once, and with a cache's strength as often as asked.
 
     Args:
-        pipe, method, requests, options, progress: see `calibrate_cache`.
-        batch: prompts generated at once; they must then differ in prompt and seed alone.
-        known: points measured earlier under the same circumstances.
+        pipe, method, calls, options, progress: see `calibrate_cache`.
     """
 
     def __init__(
         self,
         pipe: Any,
         method: MethodChoice,
-        requests: Sequence[GenerationRequest],
+        calls: Sequence[PipelineCall],
         options: Mapping[str, Any] | None = None,
         *,
-        batch: int = 1,
-        known: Sequence[Point] = (),
         progress: Progress | None = None,
     ) -> None:
-        if not requests:
-            raise OptionError("no prompts: give at least one.")
-        self.pipe, self.method = pipe, members(method)
+        if not calls:
+            raise OptionError("nothing to probe with: give at least one prompt.")
+        self.pipe, self.method, self.calls = pipe, members(method), list(calls)
         self.cache = cache_among(self.method)
         self.options = dict(options or {})
         self.own_options = self._own_options()
-        self.batches = [requests[at : at + batch] for at in range(0, len(requests), batch)]
         self.progress, self.done = progress, 0
-        self._points = {point.strength: point for point in known}
+        self._points: dict[float, Point] = {}
         self._dense: list[Tensor] | None = None
+
+    def recall(self, points: Iterable[Point]) -> None:
+        """Take points as measured: from earlier, under the same circumstances."""
+        self._points |= {point.strength: point for point in points}
 
     @property
     def curve(self) -> tuple[Point, ...]:
@@ -182,14 +260,23 @@ class CacheProbe:
         return tuple(self._points[strength] for strength in sorted(self._points))
 
     def search(self, goal: Goal) -> tuple[Point | None, Point | None]:
-        """Return the strongest point tried that misses the goal and the weakest that reaches it."""
-        for _ in range(TRIES):
-            weaker, stronger = self._bracket(goal.reached)
-            value = None if goal.met(weaker, stronger) else self._between(weaker, stronger)
+        """Return the strongest point tried that misses the goal and the weakest that reaches it.
+
+        What is tried follows from this search alone, so that one that is run again finds all its
+        points recalled.
+        """
+        tried: list[Point] = []
+        weaker = stronger = None
+        while len(tried) < TRIES and not goal.met(weaker, stronger):
+            value = self._next(tried, weaker, stronger)
             if value is None:
                 break
-            self.point(value)
-        return self._bracket(goal.reached)
+            tried.append(self.point(value))
+            tried.sort(key=lambda point: point.strength)
+            stronger = next((point for point in tried if goal.reached(point)), None)
+            below = tried if stronger is None else tried[: tried.index(stronger)]
+            weaker = below[-1] if below else None
+        return weaker, stronger
 
     def point(self, strength: float) -> Point:
         """Measure one strength, or recall it."""
@@ -197,17 +284,13 @@ class CacheProbe:
             self._points[strength] = self._measure(strength)
         return self._points[strength]
 
-    def _bracket(self, reached: Callable[[Point], bool]) -> tuple[Point | None, Point | None]:
-        stronger = next((point for point in self.curve if reached(point)), None)
-        weaker = [p for p in self.curve if stronger is None or p.strength < stronger.strength]
-        return (weaker[-1] if weaker else None), stronger
-
-    def _between(self, weaker: Point | None, stronger: Point | None) -> float | None:
+    def _next(
+        self, tried: Sequence[Point], weaker: Point | None, stronger: Point | None
+    ) -> float | None:
         """Return the next strength to try; None if there is none."""
         most, usual = self.cache.most, self.cache.strengths[1]
-        if stronger is None and len(self.curve) > 1 and 1 < self.curve[-2].speedup:
-            if self.curve[-1].speedup <= self.curve[-2].speedup:
-                return None  # it skips all that it can
+        if stronger is None and len(tried) > 1 and 1 < tried[-1].speedup <= tried[-2].speedup:
+            return None  # it skips all that it can
         if isinstance(usual, int):
             following = 2 if weaker is None else int(weaker.strength) + 1  # 1 reuses nothing
             return following if stronger is None else None
@@ -225,8 +308,6 @@ class CacheProbe:
         return own | dict(self.options.get(self.cache.name, {}))
 
     def _measure(self, strength: float) -> Point:
-        if self._dense is None:
-            self._dense = [self._latents(requests) for requests in self.batches]
         name, option = self.cache.name, self.cache.strength
         own = {**self.options.get(name, {}), option: strength}
         given = {k: v for k, v in self.options.items() if k != option} | {name: own}
@@ -234,8 +315,12 @@ class CacheProbe:
         calls = run = 0
         try:
             accelerate_pipeline(self.pipe, self.method, **given)
-            for requests, dense in zip(self.batches, self._dense, strict=True):
-                latents = self._latents(requests)
+            if self._dense is None:  # only now: what can't be attached is refused before a long run
+                restore_pipeline(self.pipe)
+                self._dense = [self._latents(call) for call in self.calls]
+                accelerate_pipeline(self.pipe, self.method, **given)
+            for call, dense in zip(self.calls, self._dense, strict=True):
+                latents = self._latents(call)
                 errors += [relative_l1(*pair) for pair in zip(latents, dense, strict=True)]
                 report = acceleration_report(self.pipe)
                 calls += report.block_calls
@@ -244,11 +329,11 @@ class CacheProbe:
             restore_pipeline(self.pipe)
         return Point(strength, calls / run if run else 1.0, sum(errors) / len(errors))
 
-    def _latents(self, requests: Sequence[GenerationRequest]) -> Tensor:
-        latents = run_latents(self.pipe, requests)
+    def _latents(self, call: PipelineCall) -> Tensor:
+        latents = run_latents(self.pipe, call)
         self.done += 1
         if self.progress is not None:
-            self.progress("generations", self.done, (1 + TRIES) * len(self.batches))
+            self.progress("generations", self.done, (1 + TRIES) * len(self.calls))
         return latents
 
 
@@ -268,13 +353,44 @@ def cache_among(method: MethodChoice) -> type[Cache]:
     )
 
 
-def run_latents(pipe: Any, requests: Sequence[GenerationRequest]) -> Tensor:
-    """Generate requests that differ in prompt and seed alone; return the final latents [B, ...]."""
-    pipe.set_progress_bar_config(disable=True)
-    output = pipe(
-        **pipeline_arguments(pipe, requests[0]) | {"prompt": [r.prompt for r in requests]},
-        generator=[torch.Generator().manual_seed(request.seed) for request in requests],
-        output_type="latent",
-    )
+def calls_for(
+    pipe: Any, requests: Sequence[GenerationRequest], batch: int = 1
+) -> list[PipelineCall]:
+    """Return the calls that generate requests, ``batch`` at once.
+
+    Requests of one batch must differ in prompt and seed alone. The seed gives the same noise on
+    every device.
+    """
+    calls: list[PipelineCall] = []
+    for at in range(0, len(requests), batch):
+        now = requests[at : at + batch]
+        same = pipeline_arguments(pipe, now[0])
+        seeds = [request.seed for request in now]
+        calls.append(same | {"prompt": [request.prompt for request in now], "generator": seeds})
+    return calls
+
+
+def run_latents(pipe: Any, call: PipelineCall) -> Tensor:
+    """Generate, and return the final latents ``[B, ...]``; seeds stand for generators.
+
+    A ``generator`` of the call is a list of seeds, one for each sample; left out, it is seed 0.
+    """
+    generator = _generators(call.get("generator", 0))
+    configured = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**configured | {"disable": True})
+    try:
+        output = pipe(**{**call, "generator": generator, "output_type": "latent"})
+    finally:
+        pipe.set_progress_bar_config(**configured)
     latents: Tensor = output.frames if hasattr(output, "frames") else output.images
     return latents
+
+
+def _generators(seeds: Any) -> torch.Generator | list[torch.Generator]:
+    if isinstance(seeds, int):
+        return torch.Generator().manual_seed(seeds)
+    if not isinstance(seeds, Sequence) or not all(isinstance(seed, int) for seed in seeds):
+        raise OptionError(
+            "generator: give seeds in place of generators, for all runs must start alike."
+        )
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -13,14 +13,13 @@ from dit_accel.acceleration import accelerate_pipeline, restore_pipeline
 from dit_accel.caching.gates import Gate, Look, relative_l1
 from dit_accel.caching.predictors import Predictor, When
 from dit_accel.caching.stack import Setting, StackCache
-from dit_accel.calibration import run_latents
+from dit_accel.calibration import calls_for, run_latents
 from dit_accel.errors import OptionError
 from dit_accel.generation import GenerationRequest, Progress
 from dit_accel.pipelines.base import Streams
 
 DEGREE = 4
 """Of TeaCache's polynomial."""
-
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,8 @@ def fit_model(
     measuring = _Measuring(min_steps=0)
     try:
         accelerate_pipeline(pipe, measuring)
-        for index, request in enumerate(requests):
-            run_latents(pipe, [request])
+        for index, call in enumerate(calls_for(pipe, requests)):
+            run_latents(pipe, call)
             if progress is not None:
                 progress("prompts", index + 1, len(requests))
     finally:

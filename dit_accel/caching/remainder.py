@@ -51,6 +51,7 @@ class RemainderCache(Cache):
     paper: ClassVar[str] = "after FlashBlock: outside attention reused across steps"
     strength: ClassVar[str] = "refresh_every"
     strengths: ClassVar[tuple[float, ...]] = (2, 3, 5)
+    skips_blocks: ClassVar[bool] = False
 
     refresh_every: int = 3
     budget_gib: float = 8.0

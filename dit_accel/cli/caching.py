@@ -128,7 +128,7 @@ def calibrate(
     caching.json in the model's folder, it is found there by itself.
     """
     from dit_accel.caching.brought import read_calibration
-    from dit_accel.calibration import calibrate_cache
+    from dit_accel.calibration import calibrate_cache, calls_for
     from dit_accel.environment import pick_device
     from dit_accel.files import check_outputs, write_text
     from dit_accel.fitting import fit_model
@@ -150,7 +150,7 @@ def calibrate(
             found = calibrate_cache(
                 pipe,
                 method,
-                requests,
+                calls_for(pipe, requests),
                 target_speedup=target_speedup,
                 max_error=max_error,
                 options={**_tuples(by_method.get(method, {})), **own},
