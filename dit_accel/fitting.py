@@ -81,7 +81,8 @@ def fit_model(
 ) -> dict[str, dict[str, Any]]:
     """Fit TeaCache's coefficients and MagCache's ratios; leave the pipeline as it is.
 
-    TeaCache wants some 50 prompts, MagCache is content with one.
+    TeaCache wants some 50 prompts, MagCache is content with one. Where two transformers share the
+    steps (Wan 2.2), no polynomial serves both, and MagCache's ratios alone are fitted.
 
     Returns:
         Options by method, for `accelerate_pipeline` or a model's ``caching.json``.
@@ -97,12 +98,11 @@ def fit_model(
                 progress("prompts", index + 1, len(requests))
     finally:
         restore_pipeline(pipe)
-    changes = np.asarray([pair for pair in measuring.changes if np.isfinite(pair).all()])
-    coefficients = np.polyfit(changes[:, 0], changes[:, 1], DEGREE)
-    options: dict[str, dict[str, Any]] = {
-        "teacache": {"coefficients": coefficients.tolist(), "indicator": "modulated"},
-        "magcache": {},
-    }
+    options: dict[str, dict[str, Any]] = {"magcache": {}}
+    if getattr(pipe, "transformer_2", None) is None:
+        changes = np.asarray([pair for pair in measuring.changes if np.isfinite(pair).all()])
+        coefficients = np.polyfit(changes[:, 0], changes[:, 1], DEGREE)
+        options["teacache"] = {"coefficients": coefficients.tolist(), "indicator": "modulated"}
     steps = 1 + max(step for _, step in measuring.ratios)
     for branch in {branch for branch, _ in measuring.ratios}:
         name = "uncond_ratios" if branch == "uncond" else "ratios"

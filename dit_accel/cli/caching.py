@@ -41,7 +41,8 @@ def profile(
     prompts: Prompts = None,
     limit: Limit = 4,
     mask: Annotated[
-        str, typer.Option(help="How to find the foreground: colour, motion.")
+        str,
+        typer.Option(help="How to find the foreground: colour, motion, sam2 (fetches weights)."),
     ] = "colour",
     rows: Annotated[int, typer.Option(help="Query tokens asked in each frame.")] = 512,
     steps: Steps = None,

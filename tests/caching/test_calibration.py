@@ -17,16 +17,9 @@ from dit_accel.calibration import calibrate_cache, calls_for
 from dit_accel.cli import main
 from dit_accel.errors import OptionError
 from dit_accel.fitting import fit_model
+from dit_accel.foreground import foreground_by_colour, foreground_by_motion, otsu
 from dit_accel.generation import GenerationRequest
-from dit_accel.profiler import (
-    column_means,
-    foreground_by_colour,
-    foreground_by_motion,
-    foreground_share,
-    otsu,
-    profile_model,
-    sampled_rows,
-)
+from dit_accel.profiler import column_means, foreground_share, profile_model, sampled_rows
 
 SIZE = {"height": 112, "width": 144, "frames": 5, "steps": 9}
 IMAGE = {"height": 240, "width": 272, "steps": 9}
@@ -157,6 +150,10 @@ def test_calibration_refuses(method, goal, says):
     assert not hasattr(pipe, "_dit_accel")
 
 
+def test_two_transformers_get_ratios_but_no_common_polynomial():
+    assert set(fit_model(Subject("wan22").pipe, requests())) == {"magcache"}
+
+
 @pytest.mark.parametrize("name", ["wan", "sd3"])
 def test_fitted_numbers_work(name):
     subject = Subject(name)
@@ -224,12 +221,6 @@ def test_commands_refuse(arguments, says, capsys, tmp_path, monkeypatch):
     assert says in capsys.readouterr().err
 
 
-@pytest.fixture
-def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "dit-accel" / "calibrations"
-
-
 def counted(pipe) -> list[int]:
     """Count generations by their first steps."""
     generations: list[int] = []
@@ -242,7 +233,7 @@ PROBE = {"prompt": "a ball", "height": 112, "width": 144, "num_frames": 5, "num_
 
 
 @pytest.mark.parametrize("method", ["easycache", ["gna", "easycache"]], ids=str)
-def test_a_goal_in_place_of_a_strength(method, cache_folder):
+def test_a_goal_in_place_of_a_strength(method, calibrations):
     subject = Subject("wan")
     sparse = {"dense_steps": 2, "min_tokens": 0} if "gna" in method else {}
     accelerate_pipeline(subject.pipe, method, target_speedup=1.2, probe=PROBE, **sparse)
@@ -253,11 +244,11 @@ def test_a_goal_in_place_of_a_strength(method, cache_folder):
     assert report.options["easycache"]["threshold"] == found.chosen.strength if sparse else True
     assert "(chosen)" in str(report)
     assert report.to_dict()["calibration"]["method"] == "easycache"
-    (kept,) = cache_folder.glob("*.json")
+    (kept,) = calibrations.glob("*.json")
     assert len(json.loads(kept.read_text())["points"]) == len(found.curve)
 
 
-def test_what_was_measured_is_not_measured_again(cache_folder):
+def test_what_was_measured_is_not_measured_again(calibrations):
     pipe = Subject("wan").pipe
     generations = counted(pipe)
     accelerate_pipeline(pipe, "easycache", target_speedup=1.2, probe=PROBE)
@@ -273,7 +264,7 @@ def test_what_was_measured_is_not_measured_again(cache_folder):
         pipe.transformer.blocks[0].attn1.to_q.weight.mul_(1.01)  # as a fused adapter would
     accelerate_pipeline(pipe, "easycache", target_speedup=1.2, probe=PROBE)
     assert len(generations) > twice
-    for path in cache_folder.glob("*.json"):
+    for path in calibrations.glob("*.json"):
         path.write_text("{")
     damaged = len(generations)
     accelerate_pipeline(pipe, "easycache", target_speedup=1.2, probe=PROBE)
@@ -304,7 +295,7 @@ def test_what_was_measured_is_not_measured_again(cache_folder):
     ],
     ids=str,
 )
-def test_refused_goals_leave_the_acceleration_before(method, given, says, cache_folder):
+def test_refused_goals_leave_the_acceleration_before(method, given, says):
     pipe = Subject("wan").pipe
     accelerate_pipeline(pipe, "first_block_cache")
     with pytest.raises(OptionError, match=says):
@@ -312,7 +303,7 @@ def test_refused_goals_leave_the_acceleration_before(method, given, says, cache_
     assert acceleration_report(pipe).method == "first_block_cache"
 
 
-def test_bundled_models_know_what_to_probe_with(cache_folder):
+def test_bundled_models_know_what_to_probe_with():
     from dit_accel.calibration import _bundled_calls
     from dit_accel.models import load_pipeline
 
@@ -321,7 +312,7 @@ def test_bundled_models_know_what_to_probe_with(cache_folder):
     assert call["num_inference_steps"] == 20
 
 
-def test_the_progress_bar_stays_as_it_was(cache_folder):
+def test_the_progress_bar_stays_as_it_was():
     pipe = Subject("wan").pipe
     pipe.set_progress_bar_config(desc="mine")
     accelerate_pipeline(pipe, "easycache", target_speedup=1.2, probe=PROBE)
