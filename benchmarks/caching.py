@@ -1,5 +1,6 @@
 """What each cache gains and costs on the trained models: alone, and with sparse attention.
 
+    python benchmarks/caching.py --models tiny-wan tiny-hunyuan tiny-flux tiny-sd3
     python benchmarks/caching.py --models tiny-wan tiny-hunyuan tiny-flux tiny-sd3 --plot
 
 Sixteen fixed prompts of each model's world, all in one batch on a GPU, from the same noise:
@@ -13,7 +14,7 @@ One JSON file a model, written after each row. A row that fails says so and the 
 run keeps the rows that are there and tries the failed ones again. Caches alone come first, then
 each at its middle strength with the sparse methods, then the other strengths: `--seconds` ends a
 model's run early without losing what matters most. PSNR and SSIM compare frames, "latent" is the
-relative L1 error of the final latents.
+relative L1 error of the final latents. `--plot` measures nothing: it draws what the files hold.
 """
 
 from __future__ import annotations
@@ -417,15 +418,17 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, help="the model's own by default")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--plot", action="store_true", help="also caching.png and .svg")
+    parser.add_argument("--plot", action="store_true", help="draw caching.png and .svg only")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
     parser.add_argument("--commit")
     parser.add_argument("--force", action="store_true", help="start the files again")
     args = parser.parse_args()
+    if args.plot:
+        files = [args.output / f"caching-{Path(model).name}.json" for model in args.models]
+        plot([json.loads(file.read_text()) for file in files], args.output / "caching")
+        return
     with torch.no_grad():
         contents = list(map(partial(measure_model, args=args), args.models))
-    if args.plot:
-        plot(contents, args.output / "caching")
     print(json.dumps(summary(contents), indent=1))
 
 
