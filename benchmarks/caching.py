@@ -378,9 +378,11 @@ def plot(contents: Sequence[Row], output: Path) -> None:
     figure, panels = plt.subplots(
         1, len(contents), figsize=(5.5 * len(contents), 4.5), squeeze=False, layout="constrained"
     )
+    caches = sorted(
+        {row["cache"] for content in contents for row in content["rows"] if "cache" in row}
+    )
     for content, panel in zip(contents, panels[0], strict=True):
         measured = [row for row in content["rows"] if "psnr_db" in row]
-        caches = sorted({row["cache"] for row in measured})
         for (index, cache), style in product(enumerate(caches), ATTENTION):
             rows = [r for r in measured if (r["cache"], r["attention"]) == (cache, style)]
             rows.sort(key=lambda r: r["speedup"])
