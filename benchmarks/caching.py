@@ -1,11 +1,20 @@
 """What each cache gains and costs on the trained models: alone, and with sparse attention.
 
+    python benchmarks/caching.py --models tiny-wan tiny-hunyuan tiny-flux tiny-sd3
     python benchmarks/caching.py --models tiny-wan tiny-hunyuan tiny-flux tiny-sd3 --plot
 
-Sixteen fixed prompts of each model's world, from the same noise, densely and with every cache at
-three strengths, each alone and together with a sparse method. Block calls are counted and compared
-with the closed form that the cache's decisions give; time is that of the denoising loops, one run
-each after a warm-up. One JSON file a model, written after each row; rows that it holds are kept.
+Sixteen fixed prompts of each model's world, all in one batch on a GPU, from the same noise:
+densely, and with every cache at three strengths, alone and together with a sparse method. Strengths
+of caches that count block calls are those, found by a short probe of four prompts, at which about
+70, 50 and 35 % of the calls run, as far as the cache goes; the others have their usual ones. Block
+calls are counted and compared with the closed form that the cache's rule and decisions give. Time
+is that of one denoising loop; the dense one is the median of three.
+
+One JSON file a model, written after each row. A row that fails says so and the run goes on; a later
+run keeps the rows that are there and tries the failed ones again. Caches alone come first, then
+each at its middle strength with the sparse methods, then the other strengths: `--seconds` ends a
+model's run early without losing what matters most. PSNR and SSIM compare frames, "latent" is the
+relative L1 error of the final latents. `--plot` measures nothing: it draws what the files hold.
 """
 
 from __future__ import annotations
@@ -13,43 +22,56 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
-import traceback
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from fidelity import BLOCK, BLOCKS, Clips, Context, generate_all, probe_layout, summarise
+from fidelity import BLOCK, BLOCKS, SCHEDULE, Clips, generate_all
 from torch import nn
 
 from dit_accel import accelerate_pipeline, acceleration_report, list_methods, restore_pipeline
+from dit_accel.bench.measuring import guarded, manifest
+from dit_accel.bench.runs import ResultFile
 from dit_accel.caching.base import Cache
+from dit_accel.caching.profile import Profile
 from dit_accel.caching.profiling import ProfilingCache, refresh_steps
 from dit_accel.caching.stack import StackCache
-from dit_accel.environment import environment, pick_device
-from dit_accel.errors import DitAccelError, OptionError
-from dit_accel.files import write_text
+from dit_accel.calibration import CacheProbe, Goal, calls_for
+from dit_accel.environment import pick_device
+from dit_accel.errors import OptionError
+from dit_accel.eval.fidelity import psnr, relative_l1, ssim
 from dit_accel.generation import GenerationRequest
 from dit_accel.models import generation_defaults, load_pipeline
 from dit_accel.registry import method_class
 from dit_accel.report import AccelerationReport
-from dit_accel.world.worlds import fixed_prompts, make_reader
+from dit_accel.world.worlds import fixed_prompts
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
-OPTIONS: dict[str, Row] = {"dual_block_cache": {"first_blocks": 2, "first_steps": 0.15}}
-"""What suits models of few blocks; all else is as usual."""
+SHARES = (0.7, 0.5, 0.35)  # of the block calls that run, weak to strong
+PROBE_PROMPTS = 4
+OPTIONS: dict[str, Row] = {
+    "dual_block_cache": {"first_blocks": 1, "last_blocks": 1, "first_steps": 1},
+    "profiling_cache": {"longest": 16, "shortest": 8},
+}
+"""What suits models of few blocks and generations of few steps; all else is as usual."""
 ATTENTION: dict[str, Row] = {
     "none": {},
     "radial": {"density": 0.6, "radial": {"block_size": BLOCK}},
     "pisa": {"density": 0.3, "pisa": BLOCKS.get("pisa", {"block_size": BLOCK})},
 }
-SCHEDULE: Row = {"dense_steps": 0.25, "dense_layers": 0, "min_tokens": 0}
+WITHOUT_BLOCK_CALLS = ("pab", "remainder_cache", "unconditional_cache")
+"""Caches that skip something else, or whole passes: they have their usual strengths."""
 
 
 @contextmanager
@@ -86,153 +108,264 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def closed_form(cache: Cache | None, report: AccelerationReport, blocks: int) -> int:
+def closed_form(cache: Cache, report: AccelerationReport, blocks: int) -> int:
     """Return the block calls that follow from the cache's rule and its full steps."""
     steps = report.steps
     if isinstance(cache, ProfilingCache):
+        if cache.profile is not None:
+            listed = Profile.load(cache.profile).background_blocks(cache.fraction)
+            cache = replace(cache, blocks=listed, profile=None)
         total = len({step.step for step in steps})
         first = cache.limits(total).first
         uniform = refresh_steps(total, first, cache.interval, cache.interval)
         shrinking = refresh_steps(total, first, cache.longest, cache.shortest)
-        below = [run.start < cache.uniform_below for run in cache.scope(blocks)]
         spared = 0
-        for run, is_uniform in zip(cache.scope(blocks), below, strict=True):
-            refreshed = uniform if is_uniform else shrinking
+        for run in cache.scope(blocks):
+            refreshed = uniform if run.start < cache.uniform_below else shrinking
             spared += len(run) * sum(step.step not in refreshed for step in steps)
         return len(steps) * blocks - spared
     full = sum(bool(step.why) for step in steps)
     if isinstance(cache, StackCache):
         skipped = sum(map(len, cache.scope(blocks)))
     else:
-        skipped = blocks if cache is not None and cache.name == "unconditional_cache" else 0
+        skipped = blocks if cache.name == "unconditional_cache" else 0
     return full * blocks + (len(steps) - full) * (blocks - skipped)
 
 
-def measure(pipe: Any, key: tuple[str, float | None, str], context: Context, dense_s: float) -> Row:
-    """Generate all prompts with one cache at one strength and one kind of attention."""
-    name, strength, attention = key
-    row: Row = {"cache": name, "strength": strength, "attention": attention}
-    options: Row = {}
-    chosen = []
-    if attention != "none":
-        chosen.append(attention)
-        options |= ATTENTION[attention] | SCHEDULE
-    if name != "none":
-        cls = method_class(name)
-        chosen.append(name)
-        options[name] = OPTIONS.get(name, {}) | {cls.strength: strength}  # type: ignore[attr-defined]
-    try:
-        accelerate_pipeline(pipe, chosen, **options)
-        generate_all(pipe, [replace(context.requests[0], steps=9)], 1, context.extra)
-        with loop_clock(pipe) as loops:
-            clips = generate_all(pipe, context.requests, context.batch, context.extra)
-        report = acceleration_report(pipe)
-        caches = [method for method in report.methods if isinstance(method, Cache)]
-    except DitAccelError as error:
-        return row | {"refused": str(error)}
-    except Exception as error:
-        traceback.print_exc()
-        return row | {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
-    finally:
-        restore_pipeline(pipe)
-    row |= {
-        "loop_s": sum(loops),
-        "speedup": dense_s / sum(loops),
-        "block_density": report.block_density,
-        "cache_mib": report.cache_bytes / 2**20,
-        "notes": list(report.notes),
-    }
-    if caches:
-        run = sum(sum(step.ran) for step in report.steps)
-        blocks = max(len(step.ran) for step in report.steps)
-        row |= {
-            "block_calls": report.block_calls,  # of the last batch
-            "block_calls_run": run,
-            "closed_form": closed_form(caches[0], report, blocks),
-            "call_speedup": report.block_calls / max(run, 1),
-            "attention_reused": sum(step.attention_reused for step in report.steps),
+class ModelBench:
+    """Measures the rows of one model; the pipeline is loaded and run densely when first needed."""
+
+    def __init__(self, model: str, args: argparse.Namespace) -> None:
+        self.model, self.args = model, args
+        self.device = pick_device(args.device)
+        defaults = asdict(generation_defaults(model))
+        del defaults["fps"]
+        world = defaults.pop("world")
+        if world is None:
+            raise OptionError(f"{model} belongs to no drawn world, which has fixed prompts.")
+        given = {name: getattr(args, name) for name in ("steps", "frames", "height", "width")}
+        settings: Row = {**defaults, **{k: v for k, v in given.items() if v is not None}}
+        self.requests = [
+            GenerationRequest(prompt=entry["prompt"], seed=seed, **settings)
+            for seed, entry in enumerate(fixed_prompts(world)[: args.prompts])
+        ]
+        self.batch = args.batch or (1 if self.device == "cpu" else len(self.requests))
+        self.settings = {
+            **settings,
+            "prompts": len(self.requests),
+            "batch": self.batch,
+            "dtype": args.dtype,
+            "shares": SHARES,
+            "options": OPTIONS,
+            "attention": ATTENTION,
+            "schedule": SCHEDULE,
         }
-    row["prompts"] = [context.compare(i, clips) for i in range(len(context.requests))]
-    return row | summarise(row["prompts"])
+        self.pipe: Any = None
+        self.dense: Clips = Clips([], [])
+        self.dense_loop_s = math.nan
+        self._warm: set[str] = set()
+
+    def prepare(self) -> None:
+        """Load the pipeline and generate densely."""
+        if self.pipe is not None:
+            return
+        dtype = None if self.args.dtype == "auto" else getattr(torch, self.args.dtype)
+        self.pipe = load_pipeline(self.model, device=self.device, dtype=dtype)
+        repeats = 1 if self.device == "cpu" else 3
+        if repeats > 1:
+            self._generate([replace(request, steps=4) for request in self.requests])
+        loops = []
+        for _ in range(repeats):
+            self.dense, seconds = self._generate(self.requests)
+            loops.append(seconds)
+        self.dense_loop_s = statistics.median(loops)
+
+    def probe(self, task: Mapping[str, Any]) -> Row:
+        """Return three strengths of a cache, and the curve that they were found on."""
+        self.prepare()
+        name = task["probe"]
+        few = calls_for(self.pipe, self.requests[:PROBE_PROMPTS], self.batch)
+        probe = CacheProbe(self.pipe, name, few, {name: OPTIONS.get(name, {})})
+        found = [probe.search(Goal(target_speedup=1 / share))[1] for share in SHARES]
+        strongest = max(probe.curve, key=lambda point: (point.speedup, -point.strength))
+        chosen = list(dict.fromkeys((point or strongest).strength for point in found))
+        return {"strengths": chosen, "curve": [asdict(point) for point in probe.curve]}
+
+    def measure(self, task: Mapping[str, Any]) -> Row:
+        """Generate all prompts with one cache at one strength and one kind of attention."""
+        self.prepare()
+        name, attention = task["cache"], task["attention"]
+        chosen = [attention] if attention != "none" else []
+        options: Row = ATTENTION[attention] | SCHEDULE if chosen else {}
+        try:
+            if attention not in self._warm and self.device != "cpu":
+                if chosen:
+                    accelerate_pipeline(self.pipe, chosen, **options)
+                self._generate([replace(request, steps=4) for request in self.requests])
+                self._warm.add(attention)
+            if name != "none":
+                strength = {method_class(name).strength: task["strength"]}  # type: ignore[attr-defined]
+                chosen, options = (
+                    [*chosen, name],
+                    options | {name: OPTIONS.get(name, {}) | strength},
+                )
+            accelerate_pipeline(self.pipe, chosen, **options)
+            clips, loop_s = self._generate(self.requests)
+            report = acceleration_report(self.pipe)
+        finally:
+            restore_pipeline(self.pipe)
+        return {
+            "loop_s": loop_s,
+            "dense_loop_s": self.dense_loop_s,
+            "speedup": self.dense_loop_s / loop_s,
+            "block_density": report.block_density,
+            "cache_mib": report.cache_bytes / 2**20,
+            "notes": list(report.notes),
+            **_counts(report),
+            **self._compare(clips),
+        }
+
+    def _generate(self, requests: Sequence[GenerationRequest]) -> tuple[Clips, float]:
+        with loop_clock(self.pipe) as loops:
+            clips = generate_all(self.pipe, requests, self.batch)
+        return clips, sum(loops)
+
+    def _compare(self, clips: Clips) -> Row:
+        frames = list(zip(clips.frames, self.dense.frames, strict=True))
+        latents = zip(clips.latents, self.dense.latents, strict=True)
+        each: dict[str, list[float]] = {
+            # Frames that are equal count as 100 dB.
+            "psnr_db": [min(psnr(*pair), 100.0) for pair in frames],
+            "ssim": [_ssim(*pair) for pair in frames],
+            "latent": [relative_l1(*pair) for pair in latents],
+        }
+        each = {name: [round(v, 5) for v in values] for name, values in each.items()}
+        means: Row = {
+            name: None if any(map(math.isnan, values)) else float(np.mean(values))
+            for name, values in each.items()
+        }
+        picks = np.random.default_rng(0).integers(len(frames), size=(10_000, len(frames)))
+        sampled = np.asarray(each["psnr_db"])[picks].mean(1)
+        means["psnr_interval"] = np.percentile(sampled, [2.5, 97.5]).round(3).tolist()
+        return means | {"psnr_db_each": each["psnr_db"], "latent_each": each["latent"]}
 
 
-def keys(args: argparse.Namespace) -> list[tuple[str, float | None, str]]:
-    """Return what to measure: the caches, and sparse attention without any."""
-    found: list[tuple[str, float | None, str]] = [("none", None, a) for a in args.attention]
-    for name, attention in product(args.caches, args.attention):
+def _ssim(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return the SSIM, NaN where what it needs is not installed."""
+    try:
+        return ssim(first, second)
+    except OptionError:
+        return math.nan
+
+
+def _counts(report: AccelerationReport) -> Row:
+    """Return what the cache left out, if there is one."""
+    cache = next((method for method in report.methods if isinstance(method, Cache)), None)
+    if cache is None or not report.steps:
+        return {}
+    run = sum(sum(step.ran) for step in report.steps)
+    blocks = max(len(step.ran) for step in report.steps)
+    return {
+        "block_calls": report.block_calls,  # of the last batch
+        "block_calls_run": run,
+        "closed_form": closed_form(cache, report, blocks),
+        "share_run": run / report.block_calls,
+        "attention_reused": sum(step.attention_reused for step in report.steps),
+    }
+
+
+def tasks_of(args: argparse.Namespace, strengths: Mapping[str, Sequence[float]]) -> list[Row]:
+    """Return what to measure, what matters most first."""
+    combined = [attention for attention in args.attention if attention != "none"]
+    bare = [("none", None, attention) for attention in combined]
+    middle, others = [], []
+    for attention, name in product(combined, args.caches):
         if name == "remainder_cache" and attention != "radial":
             continue  # it goes with static methods only
-        strengths: tuple[float, ...] = method_class(name).strengths  # type: ignore[attr-defined]
-        found += [(name, strength, attention) for strength in strengths]
-    return [key for key in found if key != ("none", None, "none")]
+        for strength in strengths.get(name, ()):
+            among = middle if strength == _middle(strengths[name]) else others
+            among.append((name, strength, attention))
+    alone = [
+        (name, strength, "none")
+        for name in args.caches
+        for strength in strengths.get(name, ())
+        if name != "remainder_cache" and "none" in args.attention
+    ]
+    keys = [*alone, *bare, *middle, *([] if args.middle_only else others)]
+    return [dict(zip(("cache", "strength", "attention"), key, strict=True)) for key in keys]
+
+
+def _middle(values: Sequence[float]) -> float:
+    return values[len(values) // 2]
 
 
 def measure_model(model: str, args: argparse.Namespace) -> Row:
     """Make the missing rows of one model and return all of its file."""
-    device = pick_device(args.device)
-    defaults = asdict(generation_defaults(model))
-    del defaults["fps"]
-    world = defaults.pop("world")
-    if world is None:
-        raise OptionError(f"{model} belongs to no drawn world: nothing reads what it draws.")
-    given = {name: getattr(args, name) for name in ("steps", "frames", "height", "width")}
-    settings: Row = {**defaults, **{name: v for name, v in given.items() if v is not None}}
-    entries = fixed_prompts(world)[: args.prompts]
-    requests = [
-        GenerationRequest(prompt=entry["prompt"], seed=seed, **settings)
-        for seed, entry in enumerate(entries)
-    ]
-    batch = args.batch or (1 if device == "cpu" else 4)
-    content: Row = {
-        "model": Path(model).name,
-        "settings": {**settings, "prompts": len(requests), "batch": batch, "dtype": args.dtype},
-        "attention": ATTENTION,
-        "environment": environment(device),
-        "commit": args.commit,
-        "rows": [],
-    }
-    output = args.output / f"caching-{Path(model).name}.json"
-    if output.exists() and not args.force:
-        earlier = json.loads(output.read_text())
-        if earlier["settings"] != content["settings"]:
-            raise OptionError(f"{output} has other settings: give another --output, or --force.")
-        # What was refused is quick to try again: the model may bring its numbers by now.
-        content["rows"] = [row for row in earlier["rows"] if "psnr_db" in row]
-    done = {(row["cache"], row["strength"], row["attention"]) for row in content["rows"]}
-    todo = [key for key in keys(args) if key not in done]
-    if not todo:
-        return content
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    pipe = load_pipeline(model, device=device, dtype=dtype)
-    layout = probe_layout(pipe, requests[0])
-    generate_all(pipe, [replace(requests[0], steps=2)], 1)
-    with loop_clock(pipe) as loops:
-        dense: Clips = generate_all(pipe, requests, batch)
-    content["dense_loop_s"] = sum(loops)
-    context = Context(requests, entries, batch, layout, dense, make_reader(world, device), {})
-    for key in todo:
-        row = measure(pipe, key, context, content["dense_loop_s"])
-        content["rows"].append(row)
-        write_text(output, json.dumps(content, indent=1, allow_nan=False) + "\n")
-        print(content["model"], line(row), flush=True)
-    return content
+    started = time.monotonic()
+    name = Path(model).name
+    bench = ModelBench(model, args)
+    output = args.output / f"caching-{name}.json"
+    results = ResultFile("caching", manifest(args.commit), bench.settings, output, args.force)
+    results.content["model"] = name
+    for cache in args.caches:
+        if cache not in WITHOUT_BLOCK_CALLS and not results.has({"probe": cache}):
+            row = results.add({"probe": cache}, guarded(bench.probe, {"probe": cache}))
+            told = row.get("strengths") or row.get("refused") or row.get("failed")
+            print(f"{name} {cache} strengths: {told}", flush=True)
+    strengths = {cache: method_class(cache).strengths for cache in WITHOUT_BLOCK_CALLS}  # type: ignore[attr-defined]
+    strengths |= {row["probe"]: row["strengths"] for row in results.rows if "strengths" in row}
+    todo = [task for task in tasks_of(args, strengths) if not results.has(task)]
+    for number, task in enumerate(todo):
+        if args.seconds is not None and time.monotonic() - started > args.seconds:
+            print(f"{name}: out of time, {len(todo) - number} rows left for a later run")
+            break
+        began = time.monotonic()
+        measured = guarded(bench.measure, task)
+        row = results.add(task, measured | {"spent_s": round(time.monotonic() - began, 2)})
+        print(name, line(row), flush=True)
+    return results.content
 
 
 def line(row: Row) -> str:
     """One row for a terminal."""
-    text = f"{row['cache']:20s} {row['strength']!s:6s} {row['attention']:7s}"
+    text = f"{row['attention']:7s} {row['cache']:20s} {row['strength'] or 0:<8.4g}"
     for name in ("refused", "failed"):
         if name in row:
             return f"{text} {name}: {row[name]}"
-    decibels = math.inf if row["psnr_db"] is None else row["psnr_db"]
     calls = ""
     if "block_calls" in row:
         agrees = "" if row["block_calls_run"] == row["closed_form"] else "  NOT THE CLOSED FORM"
-        calls = f" {row['block_calls_run']} of {row['block_calls']} block calls{agrees}"
+        calls = f" {row['share_run']:.0%} of {row['block_calls']} block calls{agrees}"
+    likeness = "" if row["ssim"] is None else f" SSIM {row['ssim']:.3f}"
     return (
-        f"{text} {row['speedup']:.2f}x PSNR {decibels:.1f} dB SSIM {row['ssim']:.3f} "
-        f"L1 {row['latents_relative_l1']:.3f}{calls}"
+        f"{text} {row['speedup']:.2f}x PSNR {row['psnr_db']:.1f} dB{likeness} "
+        f"latent {row['latent']:.3f}{calls} ({row['spent_s']} s)"
     )
+
+
+def summary(contents: Sequence[Row]) -> Row:
+    """Return, for each model, the best row that runs at most half of the block calls."""
+    found: Row = {}
+    for content in contents:
+        rows = [row for row in content["rows"] if "psnr_db" in row]
+        alone = [row for row in rows if row["attention"] == "none"]
+        halved = [row for row in alone if row.get("share_run", 1) <= 0.5]
+        best = max(halved, key=lambda row: row["psnr_db"], default=None)
+        keep = ("cache", "strength", "share_run", "psnr_db", "ssim", "latent", "speedup")
+        found[content["model"]] = {
+            "rows": len(rows),
+            "not_measured": Counter(
+                f"{row.get('probe') or row['cache']}: {row.get('refused') or row['failed']}"
+                for row in content["rows"]
+                if "refused" in row or "failed" in row
+            ),
+            "not_the_closed_form": sum(
+                row.get("block_calls_run") != row.get("closed_form") for row in rows
+            ),
+            "best_at_half_the_calls": best and {name: best[name] for name in keep},
+            "target_met": best is not None and best["psnr_db"] >= 30,
+        }
+    return found
 
 
 def plot(contents: Sequence[Row], output: Path) -> None:
@@ -245,16 +378,19 @@ def plot(contents: Sequence[Row], output: Path) -> None:
     figure, panels = plt.subplots(
         1, len(contents), figsize=(5.5 * len(contents), 4.5), squeeze=False, layout="constrained"
     )
-    caches = list(dict.fromkeys(row["cache"] for content in contents for row in content["rows"]))
+    caches = sorted(
+        {row["cache"] for content in contents for row in content["rows"] if "cache" in row}
+    )
     for content, panel in zip(contents, panels[0], strict=True):
-        for index, (cache, style) in enumerate(product(caches, ATTENTION)):
-            rows = [r for r in content["rows"] if (r["cache"], r["attention"]) == (cache, style)]
-            rows = sorted((r for r in rows if r.get("psnr_db")), key=lambda r: r["speedup"])
+        measured = [row for row in content["rows"] if "psnr_db" in row]
+        for (index, cache), style in product(enumerate(caches), ATTENTION):
+            rows = [r for r in measured if (r["cache"], r["attention"]) == (cache, style)]
+            rows.sort(key=lambda r: r["speedup"])
             if rows:
                 panel.plot(
                     [r["speedup"] for r in rows],
                     [r["psnr_db"] for r in rows],
-                    color=f"C{index // len(ATTENTION)}",
+                    color=f"C{index}",
                     linestyle={"none": "-", "radial": "--", "pisa": ":"}[style],
                     marker="o",
                     markersize=4,
@@ -276,21 +412,26 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tiny-wan"], help="names or folders")
     parser.add_argument("--caches", nargs="*", default=caches, choices=caches)
     parser.add_argument("--attention", nargs="+", default=list(ATTENTION), choices=ATTENTION)
+    parser.add_argument("--middle-only", action="store_true", help="combined at one strength only")
+    parser.add_argument("--seconds", type=float, help="begin no row of a model after this long")
     parser.add_argument("--prompts", type=int, default=16, help="the first so many of 64")
-    parser.add_argument("--batch", type=int, help="prompts at once; 4 on a GPU, 1 on a CPU")
+    parser.add_argument("--batch", type=int, help="prompts at once; all on a GPU, 1 on a CPU")
     for name in ("steps", "frames", "height", "width"):
         parser.add_argument(f"--{name}", type=int, help="the model's own by default")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--plot", action="store_true", help="also caching.png and .svg")
+    parser.add_argument("--plot", action="store_true", help="draw caching.png and .svg only")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
     parser.add_argument("--commit")
     parser.add_argument("--force", action="store_true", help="start the files again")
     args = parser.parse_args()
-    with torch.no_grad():
-        contents = [measure_model(model, args) for model in args.models]
     if args.plot:
-        plot(contents, args.output / "caching")
+        files = [args.output / f"caching-{Path(model).name}.json" for model in args.models]
+        plot([json.loads(file.read_text()) for file in files], args.output / "caching")
+        return
+    with torch.no_grad():
+        contents = list(map(partial(measure_model, args=args), args.models))
+    print(json.dumps(summary(contents), indent=1))
 
 
 if __name__ == "__main__":

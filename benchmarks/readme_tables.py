@@ -28,6 +28,7 @@ PEERS = {"flex": "FlexAttention", "flash_attn_4": "flash-attn-4", "cudnn": "cuDN
 RATIOS = {"vs_cudnn": "ours / cuDNN", "vs_fa4": "ours / flash-attn-4"}
 METHODS_FILES = "methods-*.json"
 FIDELITY_FILES = "fidelity-*.json"
+CACHING_FILES = "caching-*.json"
 FIDELITY_METHODS = (
     "radial", "radial + remainder", "gna", "gna + remainder", "psa", "psa, 8 samples",
     "rectified", "rectified, not gain-aware", "rectified, no neighbours, not gain-aware", "pisa",
@@ -63,6 +64,8 @@ def with_tables(text: str, rows: dict[str, Row]) -> str:
         tables["methods"] = methods()
     if any(RESULTS.glob(FIDELITY_FILES)):
         tables["fidelity"] = fidelity()
+    if any(RESULTS.glob(CACHING_FILES)):
+        tables["caching"] = caching()
     for name, table in tables.items():
         pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL)
@@ -335,6 +338,45 @@ def fidelity() -> str:
     if plot.exists():
         note = f"![PSNR against density](benchmarks/results/{plot.name})\n\n" + note
     return markdown(["model", "method", *(f"density {d}" for d in asked)], rows) + note
+
+
+def caching() -> str:
+    """Return what each cache costs and gains at the middle one of its strengths."""
+    files = [load(path.name) for path in sorted(RESULTS.glob(CACHING_FILES))]
+    rows = []
+    for data in files:
+        measured = [row for row in data["rows"] if "psnr_db" in row and row["cache"] != "none"]
+        for cache in sorted({row["cache"] for row in measured}):
+            mine = [row for row in measured if row["cache"] == cache]
+            strengths = sorted({row["strength"] for row in mine})
+            middle = {
+                row["attention"]: row
+                for row in mine
+                if row["strength"] == strengths[len(strengths) // 2]
+            }
+            share = next(iter(middle.values())).get("share_run", 1)
+            cells = (_caching_cell(middle.get(kind, {})) for kind in ("none", "radial", "pisa"))
+            rows.append([data["model"], cache, f"{share:.0%}", *cells])
+    settings = files[0]["settings"]
+    note = (
+        "PSNR in dB / SSIM to the dense output, and how many times faster the denoising loop was, "
+        f"all prompts in a batch on one {files[0]['manifest']['gpu']}. The middle of three "
+        "strengths each: about half of the block calls, where a cache skips whole blocks. "
+        f"{settings['prompts']} prompts, same noise; beside a sparse method the first quarter of "
+        f"the steps is dense. {' '.join(source(data) for data in files)}\n"
+    )
+    plot = RESULTS / "caching.svg"
+    if plot.exists():
+        note = f"![PSNR against speed-up](benchmarks/results/{plot.name})\n\n" + note
+    columns = ["model", "cache", "block calls run", "alone", "with radial", "with pisa"]
+    return markdown(columns, rows) + note
+
+
+def _caching_cell(row: dict[str, Any]) -> str:
+    if "psnr_db" not in row:
+        return "-"
+    likeness = "" if row["ssim"] is None else f" / {row['ssim']:.3f}"
+    return f"{row['psnr_db']:.1f}{likeness}, {row['speedup']:.2f}x"
 
 
 def _fidelity_cell(row: dict[str, Any]) -> str:

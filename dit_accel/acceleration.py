@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ from dit_accel.runtime import Runtime, warn_switched_off
 from dit_accel.schedule import Schedule, Steps
 from dit_accel.session import AttentionSession, Session, SessionMethod, arguments_by_name
 
+if TYPE_CHECKING:
+    from dit_accel.calibration import Calibration
+
 _ATTRIBUTE = "_dit_accel"
 _UNSET = object()
 
@@ -51,6 +55,9 @@ def accelerate_pipeline(
     precision: str | None = None,
     compile: bool | Mapping[str, Any] = False,
     guard: None = None,
+    target_speedup: float | None = None,
+    max_error: float | None = None,
+    probe: Any = None,
     **options: Any,
 ) -> Any:
     """Attach an attention method, a cache, a guidance to a diffusers pipeline. For inference.
@@ -77,6 +84,11 @@ def accelerate_pipeline(
         compile: whether to compile the transformer's repeated blocks, one by one, with
             ``torch.compile``; a mapping gives its keyword arguments. The first step takes longer.
         guard: reserved for the quality guard; must be None.
+        target_speedup, max_error: how strong the cache is to be: skip so much, counted in block
+            calls, or all that keeps the latents this near to dense (relative L1). Tried out on
+            ``probe`` before this returns; the report shows the curve.
+        probe: what to try it on: keyword arguments of ``pipe(...)``, or a list of these. Take the
+            steps and the size that will be used. None: two prompts that a bundled model knows.
         options: options of the methods given by name, e.g. ``decay=0.5``; a dict under a method's
             name goes to that method alone, e.g. ``radial={"decay": 0.5}``.
 
@@ -91,33 +103,10 @@ def accelerate_pipeline(
     """
     if guard is not None:
         raise OptionError("guard is not available in this version: leave it None.")
-    family = family_of(pipe)
-    variants = family.variants(pipe)
-    chosen, notes = _settle_auto(members(method), variants)
-
-    def defaults(name: str) -> dict[str, Any]:
-        return {**preset_for(*variants, method=name).options, **brought_options(pipe, name)}
-
-    methods = compose(chosen, options, defaults)
-    attention = next((m for m in methods.values() if isinstance(m, AttentionMethod)), None)
     general: dict[str, Any] = {"density": density, "backend": backend, "precision": precision}
     general |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "min_tokens": min_tokens}
-    check_general(chosen, general)
-    check_backend(backend, precision)
-    _check_exact(attention, precision)
-    if density is not None:
-        check_density(density)
-    preset = _attention_preset(chosen, variants)
-    schedule = Schedule.make(
-        preset.dense_steps if dense_steps is None else dense_steps,
-        preset.dense_layers if dense_layers is None else dense_layers,
-        preset.min_tokens if min_tokens is None else min_tokens,
-    )
-    runtime = Runtime(pipe, family, attention, schedule, backend, density, precision)
-    runtime.recorder.notes += notes
-    runtime.sessions = _start_sessions(pipe, runtime, methods.values())
-    source, compiling = _source(chosen, variants), _compile_options(compile)
-    _replace(pipe, Acceleration(pipe, runtime, tuple(methods.values()), source, compiling))
+    wish = {"target_speedup": target_speedup, "max_error": max_error, "probe": probe}
+    _replace(pipe, _prepare(pipe, method, general, compile, wish, options))
     return pipe
 
 
@@ -163,6 +152,60 @@ def family_of(pipe: Any) -> PipelineFamily:
     )
 
 
+def _prepare(
+    pipe: Any,
+    method: MethodChoice,
+    general: Mapping[str, Any],
+    compiling: bool | Mapping[str, Any],
+    wish: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Acceleration:
+    """Check and settle everything that `accelerate_pipeline` was given; nothing is attached yet."""
+    family = family_of(pipe)
+    variants = family.variants(pipe)
+    chosen, notes = _settle_auto(members(method), variants)
+
+    def defaults(name: str) -> dict[str, Any]:
+        return {**preset_for(*variants, method=name).options, **brought_options(pipe, name)}
+
+    methods = compose(chosen, options, defaults)
+    check_general(chosen, general)
+    attention = next((m for m in methods.values() if isinstance(m, AttentionMethod)), None)
+    check_backend(general["backend"], general["precision"])
+    _check_exact(attention, general["precision"])
+    if general["density"] is not None:
+        check_density(general["density"])
+    preset = _attention_preset(chosen, variants)
+    schedule = Schedule.make(
+        *(
+            getattr(preset, name) if general[name] is None else general[name]
+            for name in ("dense_steps", "dense_layers", "min_tokens")
+        )
+    )
+    calibration = _calibrate(pipe, chosen, wish, {**general, **options})
+    if calibration is not None:
+        methods = compose(chosen, {**options, calibration.method: calibration.options}, defaults)
+    settings = (general["backend"], general["density"], general["precision"])
+    runtime = Runtime(pipe, family, attention, schedule, *settings)
+    runtime.recorder.notes += notes
+    runtime.sessions = _start_sessions(pipe, runtime, methods.values())
+    source, compiled = _source(chosen, variants), _compile_options(compiling)
+    return Acceleration(pipe, runtime, tuple(methods.values()), source, compiled, calibration)
+
+
+def _calibrate(
+    pipe: Any, chosen: list[str | Method], wish: Mapping[str, Any], options: Mapping[str, Any]
+) -> Calibration | None:
+    """Choose the strength of the cache among the methods, if that was asked for."""
+    if all(value is None for value in wish.values()):
+        return None
+    # It accelerates the pipeline to try strengths out, so it lies above this module.
+    from dit_accel.calibration import calibrate_for
+
+    with _set_aside(pipe):
+        return calibrate_for(pipe, chosen, options=options, **wish)
+
+
 class Acceleration:
     """Methods attached to one pipeline: what was installed, and how to undo it."""
 
@@ -173,9 +216,10 @@ class Acceleration:
         methods: tuple[Method, ...],
         preset: str,
         compiling: dict[str, Any] | None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.pipe, self.runtime, self.methods = pipe, runtime, methods
-        self.preset, self.compiling = preset, compiling
+        self.preset, self.compiling, self.calibration = preset, compiling, calibration
         self._name = compat.OWN_BACKENDS + uuid.uuid4().hex[:12]
         self._undo: list[Undo] = []
 
@@ -229,6 +273,7 @@ class Acceleration:
             rejected=dict(recorder.rejected),
             notes=tuple(recorder.notes),
             perturbed=tuple(recorder.perturbed),
+            calibration=self.calibration,
         )
 
     def _compile(self, transformer: nn.Module) -> None:
@@ -378,16 +423,23 @@ def _start_sessions(pipe: Any, runtime: Runtime, methods: Iterable[Method]) -> t
 
 def _replace(pipe: Any, acceleration: Acceleration) -> None:
     """Attach an acceleration in place of the one before, which stays if that fails."""
+    with _set_aside(pipe):
+        acceleration.attach()
+    object.__setattr__(pipe, _ATTRIBUTE, acceleration)
+
+
+@contextmanager
+def _set_aside(pipe: Any) -> Iterator[None]:
+    """Take the pipeline's acceleration off; it is back if what follows fails."""
     before = pipe.__dict__.get(_ATTRIBUTE)
     restore_pipeline(pipe)
     try:
-        acceleration.attach()
+        yield
     except BaseException:
         if before is not None:
             before.attach()
             object.__setattr__(pipe, _ATTRIBUTE, before)
         raise
-    object.__setattr__(pipe, _ATTRIBUTE, acceleration)
 
 
 def _settle_auto(

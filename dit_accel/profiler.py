@@ -7,14 +7,13 @@ time, so nothing of size N x N is ever made.
 
 The paper leaves three constants open; here a score is high if it is over ``kappa`` times the mean,
 rows are sampled, and the background blocks are the lowest share rather than those under a
-threshold. It finds the foreground with SAM2; here that is any function, with two simple ones to
-choose from.
+threshold. It finds the foreground with SAM2, which `foreground` offers beside two simpler ways.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,16 +25,14 @@ from torch import Tensor
 from dit_accel.acceleration import accelerate_pipeline, family_of, restore_pipeline
 from dit_accel.caching.profile import Profile, mean, token_width
 from dit_accel.call import AttentionCall
-from dit_accel.errors import OptionError, did_you_mean
+from dit_accel.errors import OptionError
 from dit_accel.files import write_text
+from dit_accel.foreground import MaskFunction, mask_function
 from dit_accel.generation import GenerationRequest, Progress, pipeline_arguments
 from dit_accel.grid import TokenOrder
 from dit_accel.methods.base import AttentionMethod
 from dit_accel.pipelines.base import PipelineFamily
 from dit_accel.plan import AttentionPlan, DensePlan
-
-MaskFunction = Callable[[Tensor], Tensor]
-"""Finds the foreground: velocity ``[T, H, W, C]`` in, bool ``[T, H, W]`` out."""
 
 Row = dict[str, Any]
 
@@ -65,50 +62,11 @@ def sampled_rows(grid: tuple[int, int, int], per_frame: int, seed: int = 0) -> T
     return torch.cat([pick + frame * tokens for frame, pick in enumerate(picks)])
 
 
-def foreground_by_colour(velocity: Tensor) -> Tensor:
-    """Split the first principal component by Otsu's threshold; the smaller side is foreground."""
-    centred = velocity.flatten(0, 2).float()
-    centred = centred - centred.mean(0)
-    component = torch.linalg.eigh(centred.T @ centred)[1][:, -1]
-    return _smaller_side(centred @ component).view(velocity.shape[:3])
-
-
-def foreground_by_motion(velocity: Tensor) -> Tensor:
-    """Split the variance over time, of each place; all frames share one mask."""
-    variance = velocity.float().var(0, unbiased=False).mean(-1)
-    return _smaller_side(variance.flatten()).view(variance.shape).expand(velocity.shape[:3])
-
-
-MASKS: Mapping[str, MaskFunction] = {
-    "colour": foreground_by_colour,
-    "motion": foreground_by_motion,
-}
-
-
 def _shrunk(velocity: Tensor, like: Tensor) -> Tensor:
     """Average ``[T, H, W, C]`` over the latents of each token of ``like [T, H, W]``."""
     frames, height, width = like.shape
     pooled = F.adaptive_avg_pool3d(velocity.movedim(-1, 0).float(), (frames, height, width))
     return pooled.movedim(0, -1)
-
-
-def _smaller_side(values: Tensor) -> Tensor:
-    over = values > otsu(values)
-    return over if over.sum() * 2 <= len(values) else ~over
-
-
-def otsu(values: Tensor, bins: int = 128) -> float:
-    """Return the threshold between the two classes of ``values`` that differ most."""
-    low, high = float(values.min()), float(values.max())
-    if low == high:
-        return high
-    counts = torch.histc(values.float().cpu(), bins, low, high).double()
-    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
-    centres = (edges[1:] + edges[:-1]) / 2
-    below, mass = counts.cumsum(0), (counts * centres).cumsum(0)
-    above = below[-1] - below
-    between = below * above * (mass / below - (mass[-1] - mass) / above) ** 2
-    return float(edges[1:][between.nan_to_num().argmax()])
 
 
 def foreground_share(high: Tensor, foreground: Tensor) -> float:
@@ -161,7 +119,7 @@ def profile_model(
         requests: what to generate, one after the other.
         model: what to call the model in the profile.
         output: the profile's file, written after every prompt.
-        mask: how to find the foreground: "colour", "motion", or a `MaskFunction` (SAM2, say).
+        mask: how to find the foreground: "colour", "motion", "sam2", or a `MaskFunction`.
         per_frame: query rows sampled in each frame.
         kappa: a score is high if it is over so many times the mean score.
         progress: told of every prompt.
@@ -172,9 +130,7 @@ def profile_model(
     """
     if not requests:
         raise OptionError("no prompts: give at least one.")
-    find, named = (mask, "custom") if callable(mask) else (MASKS.get(mask), mask)
-    if find is None:
-        raise OptionError(f"unknown mask {mask!r}.{did_you_mean(str(mask), MASKS)}")
+    find, named = (mask, "custom") if callable(mask) else (mask_function(mask), mask)
     family = family_of(pipe)
     first = requests[0]
     settings = {
@@ -253,11 +209,13 @@ def _profile_prompt(
         sample = output[0] if isinstance(output, tuple) else output.sample
         velocity = family.volume(module, {**kwargs, "hidden_states": sample})[-1]
         by_block: dict[int, list[float]] = {}
+        foregrounds: dict[torch.Size, Tensor] = {}
         for layer, high in watching.high.items():
             block = runtime.recorder.layer_blocks[layer]
             if block is not None:
-                small = _shrunk(velocity, high)
-                share = foreground_share(high, find(small).cpu())
+                if high.shape not in foregrounds:
+                    foregrounds[high.shape] = find(_shrunk(velocity, high)).cpu()
+                share = foreground_share(high, foregrounds[high.shape])
                 by_block.setdefault(block, []).append(share)
         by_step[moment.step] = [sum(v) / len(v) for _, v in sorted(by_block.items())]
 

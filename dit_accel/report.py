@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from dit_accel.calibration import Calibration
+
 
 @dataclass(frozen=True)
 class CallRecord:
@@ -120,6 +122,7 @@ class AccelerationReport:
         notes: fallbacks and warnings.
         perturbed: with a guidance, one record per perturbed pass; blocks below the first perturbed
             one did not run where the conditional pass's were shared.
+        calibration: how the cache's strength was chosen, if it was.
     """
 
     methods: tuple[Method, ...]
@@ -133,6 +136,7 @@ class AccelerationReport:
     rejected: dict[str, str]
     notes: tuple[str, ...]
     perturbed: tuple[StepRecord, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def method(self) -> str:
@@ -216,6 +220,7 @@ class AccelerationReport:
                 for call in self.calls
             ],
             "cache": self._cache_dict() if self.steps else None,
+            "calibration": self.calibration.to_dict() if self.calibration else None,
             "guidance": self._guidance_dict() if self.perturbed else None,
             "policy": {
                 "legend": LEGEND,
@@ -337,7 +342,8 @@ class AccelerationReport:
         rejected = [f"{name} passed over: {why}" for name, why in self.rejected.items()]
         tuning = self.settings.get("tuning", {}).items()
         tiles = [f"tile shapes of {name}: {source}" for name, source in tuning]
-        return rejected + tiles + self._guidance_remarks() + list(self.notes)
+        curve = self.calibration.lines() if self.calibration else []
+        return rejected + tiles + curve + self._guidance_remarks() + list(self.notes)
 
     def _guidance_remarks(self) -> list[str]:
         if not self.perturbed:

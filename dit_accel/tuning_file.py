@@ -41,8 +41,8 @@ class Tunings:
         return self.read[device]
 
 
-def tuning_folder() -> Path | None:
-    """Return the folder of tuning files, ``$XDG_CACHE_HOME/dit-accel`` on Linux."""
+def cache_folder() -> Path | None:
+    """Return the folder of what was measured, ``$XDG_CACHE_HOME/dit-accel`` on Linux."""
     if importlib.util.find_spec("platformdirs") is None:
         return None
     import platformdirs
@@ -52,7 +52,7 @@ def tuning_folder() -> Path | None:
 
 def tuning_path(gpu: str) -> Path | None:
     """Return the file for cards of this name; None where no cache folder can be found."""
-    folder = tuning_folder()
+    folder = cache_folder()
     slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     return None if folder is None else folder / f"tuning-{slug}.json"
 

@@ -18,6 +18,10 @@ class Cache(SessionMethod):
     """The option that trades quality for speed: the larger, the more is reused."""
     strengths: ClassVar[tuple[float, ...]]
     """Three of its values, from weak to strong, for benchmarks and as a start for calibration."""
+    most: ClassVar[float] = float("inf")
+    """What all its values are less than."""
+    skips_blocks: ClassVar[bool] = True
+    """Whether it leaves out whole blocks, rather than attention inside them."""
 
 
 def check_count(name: str, value: int, least: int) -> None:

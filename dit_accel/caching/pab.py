@@ -33,6 +33,7 @@ class PyramidAttentionBroadcast(Cache):
     paper: ClassVar[str] = "Pyramid Attention Broadcast, 2408.12588"
     strength: ClassVar[str] = "self_every"
     strengths: ClassVar[tuple[float, ...]] = (2, 3, 4)
+    skips_blocks: ClassVar[bool] = False
 
     self_every: int = 2
     cross_every: int = 6

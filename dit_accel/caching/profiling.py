@@ -43,6 +43,7 @@ class ProfilingCache(StackCache):
     paper: ClassVar[str] = "ProfilingDiT, 2504.03140"
     strength: ClassVar[str] = "fraction"
     strengths: ClassVar[tuple[float, ...]] = (0.4, 0.6, 0.8)
+    most: ClassVar[float] = 1.0
 
     blocks: tuple[int, ...] | None = None
     uniform_below: int = 0

@@ -8,14 +8,20 @@ the kept part is merged with the fresh exact part as two parts of one softmax.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dit_accel import compat
-from dit_accel.caching.base import Cache, check_count, check_threshold
+from dit_accel.caching.base import (
+    Cache,
+    check_count,
+    check_threshold,
+    few_steps,
+    note_idle,
+)
 from dit_accel.call import AttentionCall
 from dit_accel.errors import OptionError
 from dit_accel.plan import (
@@ -45,21 +51,25 @@ class RemainderCache(Cache):
         refresh_every: the remainder is computed in one sparse step of so many.
         budget_gib: most memory to take; more is refused before it is taken.
         offload: keep the remainders in CPU memory, at the price of moving them.
+        min_steps: in generations of fewer steps the sparse method runs by itself.
     """
 
     name: ClassVar[str] = "remainder_cache"
     paper: ClassVar[str] = "after FlashBlock: outside attention reused across steps"
     strength: ClassVar[str] = "refresh_every"
     strengths: ClassVar[tuple[float, ...]] = (2, 3, 5)
+    skips_blocks: ClassVar[bool] = False
 
     refresh_every: int = 3
     budget_gib: float = 8.0
     offload: bool = False
+    min_steps: int = field(default=8, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the options."""
         check_count("refresh_every", self.refresh_every, 1)
         check_threshold("budget_gib", self.budget_gib)
+        check_count("min_steps", self.min_steps, 0)
 
     def session(self, pipe: Any, seam: Seam) -> Session:
         """See `SessionMethod.session`."""
@@ -129,6 +139,11 @@ class RemainderSession(AttentionSession):
                 "remainder_cache needs a method that lists blocks by the token grid and leaves "
                 "the rest out: radial, gna or sliding_window with remainder='none'."
             )
+        if (call.num_steps or 0) < self.cache.min_steps:
+            short = call.num_steps is not None
+            why = few_steps(self.cache.min_steps) if short else "no known step"
+            note_idle(self.seam, self.cache, why)
+            return run(*qkv, plan)[0]
         if plan not in self._complements:
             self._complements[plan] = complement(plan)
         outside = self._complements[plan]

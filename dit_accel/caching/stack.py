@@ -196,6 +196,7 @@ class StackSession(Session):
         if not why:
             branch = self._branches.get(forward.key)
             if branch is None or branch.regime != forward.regime or _gap(branch, moment):
+                self._forget_branch(moment.branch)
                 branch = self._branches[forward.key] = self._new_branch(forward)
             why = self._why_full(branch, moment)
         self._running = _Running(forward, branch, why)
@@ -356,6 +357,11 @@ class StackSession(Session):
         runs = dict.fromkeys(self._runs[id(forward.transformer)].values())
         predictors = {run: self.cache.predictor(setting) for run in runs}
         return _Branch(self.cache.gate(setting), predictors, forward.regime)
+
+    def _forget_branch(self, name: str) -> None:
+        """Drop what is kept of a branch that begins anew, maybe on another transformer."""
+        for key in [key for key in self._branches if key[1] == name]:
+            del self._branches[key]
 
     def _forget_what_is_past(self, moment: Moment) -> None:
         """Drop what no later step can use, so that nothing outlives a generation."""

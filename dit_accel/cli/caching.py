@@ -41,7 +41,8 @@ def profile(
     prompts: Prompts = None,
     limit: Limit = 4,
     mask: Annotated[
-        str, typer.Option(help="How to find the foreground: colour, motion.")
+        str,
+        typer.Option(help="How to find the foreground: colour, motion, sam2 (fetches weights)."),
     ] = "colour",
     rows: Annotated[int, typer.Option(help="Query tokens asked in each frame.")] = 512,
     steps: Steps = None,
@@ -128,9 +129,10 @@ def calibrate(
     caching.json in the model's folder, it is found there by itself.
     """
     from dit_accel.caching.brought import read_calibration
-    from dit_accel.calibration import calibrate_cache, fit_model
+    from dit_accel.calibration import calibrate_cache, calls_for
     from dit_accel.environment import pick_device
     from dit_accel.files import check_outputs, write_text
+    from dit_accel.fitting import fit_model
     from dit_accel.models import load_pipeline
 
     quieten_libraries()
@@ -149,7 +151,7 @@ def calibrate(
             found = calibrate_cache(
                 pipe,
                 method,
-                requests,
+                calls_for(pipe, requests),
                 target_speedup=target_speedup,
                 max_error=max_error,
                 options={**_tuples(by_method.get(method, {})), **own},

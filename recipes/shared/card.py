@@ -2,7 +2,8 @@
 
     python -m recipes.shared.card dit_accel/models/tiny-flux --following follow.json
 
-`following.png` in the folder, the sheet of that run, is shown if it is there.
+`following.png` in the folder, the sheet of that run, is shown if it is there, and so is what
+`recipes.shared.attention` wrote; without `--following`, that section alone is renewed.
 The last section, what the model can't do, is written by hand: a card that is there keeps its own.
 """
 
@@ -16,8 +17,10 @@ from torch import nn
 
 from dit_accel.models import GenerationDefaults
 from dit_accel.world import clips, pictures
+from recipes.shared.attention import FILE as STATISTICS
+from recipes.shared.attention import table
 
-LIMITS = "## What it can't do"
+ATTENTION, LIMITS = "## Attention", "## What it can't do"
 DATA = {
     "clips": (
         "Clips drawn by `dit_accel/world/clips.py`: one to three textured things that move over "
@@ -87,19 +90,52 @@ def following(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def attention(folder: Path) -> list[str]:
+    """The section on how the model attends; nothing if that was not measured."""
+    path = folder / STATISTICS
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    grid = " x ".join(map(str, found["grid"]))
+    text = f" and {found['text_tokens']} text tokens" if found["text_tokens"] else ""
+    layers = len(next(iter(found["noise"].values()))["effective keys"])
+    return [
+        ATTENTION,
+        "",
+        f"`python -m recipes.shared.attention`: all heads of {layers} layers over a grid of "
+        f"{grid}{text}, {found['prompts']} prompts, at noise levels {', '.join(found['noise'])}. "
+        "Masses are shares of a head's attention; the median is given as a range over the noise "
+        "levels.",
+        "",
+        *table(found),
+        "",
+    ]
+
+
+def renewed(card: str, folder: Path) -> str:
+    """The card with its section on attention made again, before the limits."""
+    before, after = card.split(LIMITS)
+    before = before.split(ATTENTION)[0].rstrip("\n") + "\n\n"
+    return before + "".join(f"{line}\n" for line in attention(folder)) + LIMITS + after
+
+
 def main() -> None:
     """Write README.md into the model's folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a saved pipeline")
-    parser.add_argument("--following", type=Path, required=True, help="of dit-accel eval follow")
+    parser.add_argument("--following", type=Path, help="of dit-accel eval follow")
     args = parser.parse_args()
+    card = args.folder / "README.md"
+    if args.following is None:
+        card.write_text(renewed(card.read_text(), args.folder))
+        return
 
     pipe = DiffusionPipeline.from_pretrained(args.folder)
     defaults = GenerationDefaults(**json.loads((args.folder / "dit_accel.json").read_text()))
     world = defaults.world or "clips"
-    name, card = args.folder.resolve().name, args.folder / "README.md"
+    name = args.folder.resolve().name
     sheet = args.folder / "following.png"
     total = sum(f.stat().st_size for f in args.folder.rglob("*.safetensors"))
     old = card.read_text() if card.exists() else ""
@@ -136,6 +172,7 @@ def main() -> None:
         *following(json.loads(args.following.read_text())),
         *(["", "![All prompts in order](following.png)"] if sheet.exists() else []),
         "",
+        *attention(args.folder),
     ]
     card.write_text("\n".join(lines) + "\n" + limits)
 

@@ -13,19 +13,13 @@ from cache_subjects import Subject
 from dit_accel import accelerate_pipeline, acceleration_report
 from dit_accel.caching.brought import CALIBRATION_FILE, brought_options
 from dit_accel.caching.profile import Profile
-from dit_accel.calibration import calibrate_cache, fit_model
+from dit_accel.calibration import calibrate_cache, calls_for
 from dit_accel.cli import main
 from dit_accel.errors import OptionError
+from dit_accel.fitting import fit_model
+from dit_accel.foreground import foreground_by_colour, foreground_by_motion, otsu
 from dit_accel.generation import GenerationRequest
-from dit_accel.profiler import (
-    column_means,
-    foreground_by_colour,
-    foreground_by_motion,
-    foreground_share,
-    otsu,
-    profile_model,
-    sampled_rows,
-)
+from dit_accel.profiler import column_means, foreground_share, profile_model, sampled_rows
 
 SIZE = {"height": 112, "width": 144, "frames": 5, "steps": 9}
 IMAGE = {"height": 240, "width": 272, "steps": 9}
@@ -120,7 +114,7 @@ def test_profiling_refuses(arguments, says):
 @pytest.mark.parametrize("goal", [{"target_speedup": 1.2}, {"max_error": 0.01}], ids=str)
 def test_a_strength_is_chosen_for_a_goal(goal):
     pipe = Subject("wan").pipe
-    found = calibrate_cache(pipe, "easycache", requests(count=2), **goal)
+    found = calibrate_cache(pipe, "easycache", calls_for(pipe, requests(count=2)), **goal)
     strengths = [point.strength for point in found.curve]
     assert strengths == sorted(strengths)
     assert found.options == {"threshold": found.chosen.strength}
@@ -133,10 +127,10 @@ def test_a_strength_is_chosen_for_a_goal(goal):
 
 
 def test_whole_numbers_are_tried_one_by_one():
-    found = calibrate_cache(Subject("wan").pipe, "taylorseer", requests(), target_speedup=1.3)
-    assert [point.strength for point in found.curve] == [1, 2, 3, 4, 5, 6]
-    assert found.curve[0].speedup == 1
-    assert found.curve[0].error == 0
+    pipe = Subject("wan").pipe
+    found = calibrate_cache(pipe, "taylorseer", calls_for(pipe, requests()), target_speedup=1.6)
+    assert [point.strength for point in found.curve] == [2, 3]
+    assert found.chosen == found.curve[1]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +138,7 @@ def test_whole_numbers_are_tried_one_by_one():
     [
         ("easycache", {}, "one goal"),
         ("easycache", {"target_speedup": 2, "max_error": 1}, "one goal"),
-        ("gna", {"target_speedup": 2}, "is no cache"),
+        ("gna", {"target_speedup": 2}, "no cache among"),
         ("easycache", {"target_speedup": 50}, "does not get there"),
     ],
     ids=str,
@@ -152,8 +146,12 @@ def test_whole_numbers_are_tried_one_by_one():
 def test_calibration_refuses(method, goal, says):
     pipe = Subject("wan").pipe
     with pytest.raises(OptionError, match=says):
-        calibrate_cache(pipe, method, requests(), **goal)
+        calibrate_cache(pipe, method, calls_for(pipe, requests()), **goal)
     assert not hasattr(pipe, "_dit_accel")
+
+
+def test_two_transformers_get_ratios_but_no_common_polynomial():
+    assert set(fit_model(Subject("wan22").pipe, requests())) == {"magcache"}
 
 
 @pytest.mark.parametrize("name", ["wan", "sd3"])
@@ -221,3 +219,101 @@ def test_commands_refuse(arguments, says, capsys, tmp_path, monkeypatch):
         main(arguments)
     assert ended.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def counted(pipe) -> list[int]:
+    """Count generations by their first steps."""
+    generations: list[int] = []
+    tracked = pipe.scheduler.set_timesteps
+    pipe.scheduler.set_timesteps = lambda *a, **k: (generations.append(1), tracked(*a, **k))[1]
+    return generations
+
+
+PROBE = {"prompt": "a ball", "height": 112, "width": 144, "num_frames": 5, "num_inference_steps": 9}
+
+
+@pytest.mark.parametrize("method", ["easycache", ["gna", "easycache"]], ids=str)
+def test_a_goal_in_place_of_a_strength(method, calibrations):
+    subject = Subject("wan")
+    sparse = {"dense_steps": 2, "min_tokens": 0} if "gna" in method else {}
+    accelerate_pipeline(subject.pipe, method, target_speedup=1.2, probe=PROBE, **sparse)
+    subject.run()
+    report = acceleration_report(subject.pipe)
+    found = report.calibration
+    assert found.chosen.speedup >= 1.2
+    assert report.options["easycache"]["threshold"] == found.chosen.strength if sparse else True
+    assert "(chosen)" in str(report)
+    assert report.to_dict()["calibration"]["method"] == "easycache"
+    (kept,) = calibrations.glob("*.json")
+    assert len(json.loads(kept.read_text())["points"]) == len(found.curve)
+
+
+def test_what_was_measured_is_not_measured_again(calibrations):
+    pipe = Subject("wan").pipe
+    generations = counted(pipe)
+    accelerate_pipeline(pipe, "easycache", target_speedup=1.2, probe=PROBE)
+    once = len(generations)
+    first = acceleration_report(pipe).calibration
+    accelerate_pipeline(pipe, "easycache", target_speedup=1.2, probe=PROBE)
+    assert len(generations) == once
+    assert acceleration_report(pipe).calibration == first
+    accelerate_pipeline(pipe, "easycache", target_speedup=1.2, probe=PROBE | {"prompt": "a cube"})
+    assert len(generations) > once
+    twice = len(generations)
+    with torch.no_grad():
+        pipe.transformer.blocks[0].attn1.to_q.weight.mul_(1.01)  # as a fused adapter would
+    accelerate_pipeline(pipe, "easycache", target_speedup=1.2, probe=PROBE)
+    assert len(generations) > twice
+    for path in calibrations.glob("*.json"):
+        path.write_text("{")
+    damaged = len(generations)
+    accelerate_pipeline(pipe, "easycache", target_speedup=1.2, probe=PROBE)
+    assert len(generations) > damaged
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "says"),
+    [
+        ("easycache", {"target_speedup": 2, "max_error": 1}, "one goal"),
+        ("easycache", {"target_speedup": 0.5}, "must be over 1"),
+        ("easycache", {"max_error": float("nan")}, "must be over 0"),
+        ("easycache", {"probe": PROBE}, "one goal"),
+        ("easycache", {"target_speedup": 2, "threshold": 0.1}, "leave one out"),
+        ("easycache", {"target_speedup": 2, "probe": None}, "say what to try strengths on"),
+        ("easycache", {"target_speedup": 2, "probe": ["a ball"]}, "keyword arguments"),
+        ("easycache", {"target_speedup": 2, "probe": []}, "at least one prompt"),
+        ("easycache", {"target_speedup": 50}, "does not get there"),
+        ("gna", {"target_speedup": 2}, "there is no cache among"),
+        ("pab", {"target_speedup": 2}, "give max_error"),
+        ("teacache", {"target_speedup": 2}, "no TeaCache coefficients"),
+        ("easycache", {"target_speedup": 2, "treshold": 1}, "no option 'treshold'"),
+        (
+            "easycache",
+            {"target_speedup": 2, "probe": PROBE | {"generator": torch.Generator()}},
+            "give seeds",
+        ),
+    ],
+    ids=str,
+)
+def test_refused_goals_leave_the_acceleration_before(method, given, says):
+    pipe = Subject("wan").pipe
+    accelerate_pipeline(pipe, "first_block_cache")
+    with pytest.raises(OptionError, match=says):
+        accelerate_pipeline(pipe, method, **{"probe": PROBE} | given)
+    assert acceleration_report(pipe).method == "first_block_cache"
+
+
+def test_bundled_models_know_what_to_probe_with():
+    from dit_accel.calibration import _bundled_calls
+    from dit_accel.models import load_pipeline
+
+    (call,) = _bundled_calls(load_pipeline("tiny-sd3"))
+    assert len(call["prompt"]) == len(call["generator"]) == 2
+    assert call["num_inference_steps"] == 20
+
+
+def test_the_progress_bar_stays_as_it_was():
+    pipe = Subject("wan").pipe
+    pipe.set_progress_bar_config(desc="mine")
+    accelerate_pipeline(pipe, "easycache", target_speedup=1.2, probe=PROBE)
+    assert pipe._progress_bar_config == {"desc": "mine"}

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-STEPS = 12
+# Gates that compare shards, gates that don't, and other engines.
+CACHES = (
+    *("first_block_cache", "teacache", "easycache", "magcache", "seacache", "profiling_cache"),
+    *("pab", "unconditional_cache"),
+)
 
 
 def _work(rank: int, port: int, results: Any) -> None:
@@ -34,7 +38,7 @@ def _generate(rank: int, port: int) -> dict[str, Any]:
     torch.accelerator.device_count = lambda: 1  # type: ignore[assignment]  # diffusers divides by it
     found: dict[str, Any] = {}
     for name in ("wan", "flux"):
-        for cache in ("first_block_cache", "magcache", "seacache", "profiling_cache", "pab"):
+        for cache in CACHES:
             subject = Subject(name)
             if name == "wan":
                 subject.arguments |= {"max_sequence_length": 32}  # older diffusers split the text
@@ -46,12 +50,13 @@ def _generate(rank: int, port: int) -> dict[str, Any]:
                 # A threshold amid the distances, so that ranks that judged alone would part.
                 options = {"threshold": 0.12 if name == "wan" else 0.3, "last_steps": 0}
             accelerate_pipeline(subject.pipe, cache, **options)
+            branch = "uncond" if cache == "unconditional_cache" else "cond"
             alone = subject.run()
-            expected = marks(acceleration_report(subject.pipe), "cond")
+            expected = marks(acceleration_report(subject.pipe), branch)
             parallel = ContextParallelConfig(ulysses_degree=2)
             subject.pipe.transformer.enable_parallelism(config=parallel)
             shared = subject.run()
-            decided = marks(acceleration_report(subject.pipe), "cond")
+            decided = marks(acceleration_report(subject.pipe), branch)
             error = float((shared - alone).abs().max())
             found[f"{name} {cache}"] = (expected, decided, error)
     dist.barrier()

@@ -119,6 +119,37 @@ def test_the_unconditional_prompt_does_not_reach_the_conditional_branch(name, ca
     assert all(torch.equal(a, b) for a, b in zip(plain, shifted, strict=True))
 
 
+@pytest.mark.parametrize("cache", ENGINES)
+def test_halves_of_a_guided_batch_do_not_mix(cache):
+    """SD3 runs both branches in one batch: other unconditional inputs leave cond bit-equal."""
+    subject = Subject("sd3")
+    calls = []
+    handle = subject.pipe.transformer.register_forward_pre_hook(
+        lambda _module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    subject.run()
+    handle.remove()
+    assert len(calls) == STEPS
+    timesteps = subject.pipe.scheduler.timesteps
+
+    @torch.no_grad()
+    def replay(shift: float) -> list[torch.Tensor]:
+        subject.pipe.scheduler.timesteps = timesteps.clone()
+        accelerate_pipeline(subject.pipe, cache, **ACTIVE[cache])
+        found = []
+        for kwargs in calls:
+            text = kwargs["encoder_hidden_states"].clone()
+            text[0] += shift
+            out = subject.pipe.transformer(**kwargs | {"encoder_hidden_states": text})[0]
+            found.append(out)
+        return found
+
+    plain, shifted = replay(0.0), replay(1.0)
+    assert skipped(acceleration_report(subject.pipe)) > 0
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(plain, shifted, strict=True))
+    assert any(not torch.equal(a[0], b[0]) for a, b in zip(plain, shifted, strict=True))
+
+
 @pytest.mark.parametrize("cache", CACHES)
 def test_without_guidance_there_is_one_branch(cache):
     subject = Subject("wan")

@@ -70,6 +70,15 @@ def test_refreshing_always_is_dense_and_seldom_is_nearer_than_never(subject):
     assert torch.equal(subject.run(), dense)
 
 
+def test_few_steps_take_the_sparse_method_alone():
+    subject = Subject("wan")
+    accelerate_pipeline(subject.pipe, "gna", **SPARSE)
+    sparse = subject.run(num_inference_steps=4)
+    accelerate_pipeline(subject.pipe, ["gna", "remainder_cache"], **SPARSE)
+    assert torch.equal(subject.run(num_inference_steps=4), sparse)
+    assert any("min_steps" in note for note in acceleration_report(subject.pipe).notes)
+
+
 def test_memory_is_an_output_per_layer_and_branch_wherever_it_lies():
     subject = Subject("wan")
     outs = []
