@@ -390,7 +390,7 @@ def plot(contents: Sequence[Row], output: Path) -> None:
                 panel.plot(
                     [r["speedup"] for r in rows],
                     [r["psnr_db"] for r in rows],
-                    color=f"C{index}",
+                    color=plt.get_cmap("tab20")(2 * index % 20 + index // 10),
                     linestyle={"none": "-", "radial": "--", "pisa": ":"}[style],
                     marker="o",
                     markersize=4,

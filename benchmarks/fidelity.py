@@ -85,6 +85,7 @@ STUDY: dict[str, Row] = {
 }
 """Variants for decisions: measured at `STUDY_DENSITIES` only."""
 STUDY_DENSITIES = (0.25, 0.15)
+ALSO_PLOTTED = ("psa, 8 samples", "rectified, not gain-aware")
 
 
 @dataclass(frozen=True)
@@ -362,7 +363,7 @@ def plot(contents: Sequence[Row], output: Path) -> None:
     )
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(map(_base, METHODS)))}
     for content, panel in zip(contents, panels[0], strict=True):
-        for name in METHODS:
+        for name in (*METHODS, *ALSO_PLOTTED):
             rows = [r for r in content["rows"] if r["method"] == name and r.get("psnr_db")]
             rows.sort(key=lambda r: r["sparse_density"])
             if rows:

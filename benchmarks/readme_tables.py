@@ -34,6 +34,7 @@ FIDELITY_METHODS = (
     "rectified", "rectified, not gain-aware", "rectified, no neighbours, not gain-aware", "pisa",
     "pisa, raster, first order", "pisa, patches, first order",
 )  # fmt: skip
+EQUAL_DB = 100  # how the study of caches writes that two outputs are equal
 Row = dict[str, Any]
 
 
@@ -341,42 +342,48 @@ def fidelity() -> str:
 
 
 def caching() -> str:
-    """Return what each cache costs and gains at the middle one of its strengths."""
+    """Return what each cache costs and gains at the middle one of its strengths, by model."""
     files = [load(path.name) for path in sorted(RESULTS.glob(CACHING_FILES))]
-    rows = []
+    cells: dict[tuple[str, str], dict[str, str]] = {}
     for data in files:
         measured = [row for row in data["rows"] if "psnr_db" in row and row["cache"] != "none"]
-        for cache in sorted({row["cache"] for row in measured}):
-            mine = [row for row in measured if row["cache"] == cache]
-            strengths = sorted({row["strength"] for row in mine})
-            middle = {
-                row["attention"]: row
-                for row in mine
-                if row["strength"] == strengths[len(strengths) // 2]
-            }
-            share = next(iter(middle.values())).get("share_run", 1)
-            cells = (_caching_cell(middle.get(kind, {})) for kind in ("none", "radial", "pisa"))
-            rows.append([data["model"], cache, f"{share:.0%}", *cells])
+        for row in measured:
+            strengths = sorted({r["strength"] for r in measured if r["cache"] == row["cache"]})
+            if row["strength"] == strengths[len(strengths) // 2]:
+                place = cells.setdefault((row["attention"], row["cache"]), {})
+                place[data["model"]] = _caching_cell(row)
+    models = [data["model"] for data in files]
+    rows = [
+        [
+            cache if attention == "none" else f"{cache} + {attention}",
+            *(found.get(m, "") for m in models),
+        ]
+        for (attention, cache), found in sorted(cells.items(), key=_alone_first)
+    ]
     settings = files[0]["settings"]
     note = (
-        "PSNR in dB / SSIM to the dense output, and how many times faster the denoising loop was, "
-        f"all prompts in a batch on one {files[0]['manifest']['gpu']}. The middle of three "
-        "strengths each: about half of the block calls, where a cache skips whole blocks. "
+        "PSNR to the dense output, the share of block calls that ran, and how many times faster "
+        f"the denoising loop was, all prompts in a batch on one {files[0]['manifest']['gpu']}; "
+        "empty: not measured, or out of the sparse method's reach. The middle of three strengths "
+        "each: about half of the block calls, where a cache skips whole blocks. "
         f"{settings['prompts']} prompts, same noise; beside a sparse method the first quarter of "
         f"the steps is dense. {' '.join(source(data) for data in files)}\n"
     )
     plot = RESULTS / "caching.svg"
     if plot.exists():
         note = f"![PSNR against speed-up](benchmarks/results/{plot.name})\n\n" + note
-    columns = ["model", "cache", "block calls run", "alone", "with radial", "with pisa"]
-    return markdown(columns, rows) + note
+    return markdown(["cache", *models], rows) + note
+
+
+def _alone_first(item: tuple[tuple[str, str], Any]) -> tuple[bool, str, str]:
+    (attention, cache), _ = item
+    return attention != "none", attention, cache
 
 
 def _caching_cell(row: dict[str, Any]) -> str:
-    if "psnr_db" not in row:
-        return "-"
-    likeness = "" if row["ssim"] is None else f" / {row['ssim']:.3f}"
-    return f"{row['psnr_db']:.1f}{likeness}, {row['speedup']:.2f}x"
+    if row["psnr_db"] >= EQUAL_DB:
+        return "nothing to skip"
+    return f"{row['psnr_db']:.1f} dB, {row.get('share_run', 1):.0%}, {row['speedup']:.2f}x"
 
 
 def _fidelity_cell(row: dict[str, Any]) -> str:
