@@ -231,6 +231,8 @@ class ModelBench:
         return clips, sum(loops)
 
     def _compare(self, clips: Clips) -> Row:
+        if not all(bool(latents.isfinite().all()) for latents in clips.latents):
+            raise RuntimeError("the final latents are not finite")
         frames = list(zip(clips.frames, self.dense.frames, strict=True))
         latents = zip(clips.latents, self.dense.latents, strict=True)
         each: dict[str, list[float]] = {

@@ -57,7 +57,7 @@ def accelerate_pipeline(
     guard: None = None,
     target_speedup: float | None = None,
     max_error: float | None = None,
-    probe: Any = None,
+    probe: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> Any:
     """Attach an attention method, a cache, a guidance to a diffusers pipeline. For inference.
@@ -182,14 +182,14 @@ def _prepare(
             for name in ("dense_steps", "dense_layers", "min_tokens")
         )
     )
+    source, compiled = _source(chosen, variants), _compile_options(compiling)
     calibration = _calibrate(pipe, chosen, wish, {**general, **options})
     if calibration is not None:
         methods = compose(chosen, {**options, calibration.method: calibration.options}, defaults)
-    settings = (general["backend"], general["density"], general["precision"])
-    runtime = Runtime(pipe, family, attention, schedule, *settings)
+    how = (general["backend"], general["density"], general["precision"])
+    runtime = Runtime(pipe, family, attention, schedule, *how)
     runtime.recorder.notes += notes
     runtime.sessions = _start_sessions(pipe, runtime, methods.values())
-    source, compiled = _source(chosen, variants), _compile_options(compiling)
     return Acceleration(pipe, runtime, tuple(methods.values()), source, compiled, calibration)
 
 

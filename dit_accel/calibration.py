@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dit_accel.acceleration import accelerate_pipeline, acceleration_report, restore_pipeline
 from dit_accel.caching.base import Cache
+from dit_accel.caching.brought import brought_options
 from dit_accel.caching.gates import relative_l1
 from dit_accel.calibration_file import circumstances, load_points, save_points
 from dit_accel.composition import MethodChoice, members
@@ -28,7 +29,7 @@ PipelineCall = Mapping[str, Any]
 """Keyword arguments of ``pipe(...)``; see `run_latents` for its generator."""
 
 TRIES = 6
-"""Strengths that are tried for a goal, beside those that are known."""
+"""Strengths that are tried for a goal."""
 NEAR = 0.05
 """Share by which a goal may be overshot, or two strengths differ, without another try."""
 
@@ -156,7 +157,8 @@ def calibrate_cache(
             f"{probe.cache.name} skips no whole blocks, so no target_speedup can be counted in "
             "block calls: give max_error=."
         )
-    where = circumstances(pipe, method, options or {}, calls)
+    brought = brought_options(pipe, probe.cache.name)
+    where = circumstances(pipe, method, {**brought, **(options or {})}, calls)
     probe.recall(Point(**row) for row in load_points(where))
     try:
         weaker, stronger = probe.search(goal)

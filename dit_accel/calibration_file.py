@@ -27,7 +27,7 @@ def circumstances(
     pipe: Any, method: MethodChoice, options: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]
 ) -> Row | None:
     """Return what a probe's results depend on, JSON-ready; None if that can't be written down."""
-    found = {
+    found: Row = {
         "dit_accel": __version__,
         "pipeline": type(pipe).__name__,
         "weights": [
@@ -36,6 +36,7 @@ def circumstances(
         "scheduler": dict(getattr(pipe.scheduler, "config", {})),
         "method": members(method),
         "options": dict(options),
+        "profile": _text_of(options.get("profile")),
         "calls": [dict(call) for call in calls],
     }
     if "unknown" in found["weights"]:
@@ -76,7 +77,8 @@ def load_points(where: Row | None) -> list[Row]:
         if content["circumstances"] != where:
             return []
         names = ("strength", "speedup", "error")
-        return [{name: float(point[name]) for name in names} for point in content["points"]]
+        points = [{name: point[name] for name in names} for point in content["points"]]
+        return points if all(isinstance(v, int | float) for p in points for v in p.values()) else []
     except (OSError, ValueError, TypeError, KeyError):
         return []
 
@@ -87,6 +89,14 @@ def save_points(where: Row | None, points: Sequence[Row]) -> None:
     if path is not None and points:
         content = {"circumstances": where, "points": list(points)}
         write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _text_of(path: Any) -> str | None:
+    """Return what stands in a file that an option names; None if there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (TypeError, OSError):
+        return None
 
 
 def _path(where: Row | None) -> Path | None:

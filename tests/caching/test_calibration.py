@@ -241,7 +241,7 @@ def test_a_goal_in_place_of_a_strength(method, calibrations):
     report = acceleration_report(subject.pipe)
     found = report.calibration
     assert found.chosen.speedup >= 1.2
-    assert report.options["easycache"]["threshold"] == found.chosen.strength if sparse else True
+    assert report.methods[-1].threshold == found.chosen.strength
     assert "(chosen)" in str(report)
     assert report.to_dict()["calibration"]["method"] == "easycache"
     (kept,) = calibrations.glob("*.json")
@@ -269,6 +269,13 @@ def test_what_was_measured_is_not_measured_again(calibrations):
     damaged = len(generations)
     accelerate_pipeline(pipe, "easycache", target_speedup=1.2, probe=PROBE)
     assert len(generations) > damaged
+
+
+def test_whole_numbers_stay_whole():
+    pipe = Subject("wan").pipe
+    for _ in range(2):
+        accelerate_pipeline(pipe, "taylorseer", target_speedup=1.6, probe=PROBE)
+        assert acceleration_report(pipe).methods[0].interval == 3
 
 
 @pytest.mark.parametrize(
