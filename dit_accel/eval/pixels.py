@@ -7,7 +7,9 @@ pixels wherever there is fine detail, and so other scores.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,6 +80,6 @@ def crop_padding(padded: Tensor, height: int, width: int) -> Tensor:
 def middle_indices(frames: int, count: int) -> list[int]:
     """Return the middle of each of ``count`` equal intervals; the last frame repeats if too few."""
     picked = min(frames, count)
-    bounds = [int(frames * i / picked) for i in range(picked + 1)]
-    indices = [(low + high - 1) // 2 for low, high in zip(bounds, bounds[1:], strict=False)]
+    bounds = np.linspace(0, frames, picked + 1).astype(int).tolist()
+    indices = [(low + high - 1) // 2 for low, high in pairwise(bounds)]
     return indices + indices[-1:] * (count - picked)

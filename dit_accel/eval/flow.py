@@ -1,0 +1,81 @@
+"""Optical flow: how fast the fastest pixels move, and a classical flow that needs no network."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_accel.eval.backbones import Backbone
+from dit_accel.eval.pixels import pad_to_multiple
+
+WINDOW = 15  # pixels of a side of the window in which everything moves alike
+COARSEST = 24  # pixels of the shorter side below which pictures are not halved
+ROUNDS = 3  # at each resolution
+
+
+def fastest(flow: Backbone, first: Tensor, second: Tensor, *, share: float) -> float:
+    """Return the mean speed of the fastest ``share`` of pixels between two frames ``[3, H, W]``.
+
+    In pixels; the border that is added to make height and width multiples of 8 counts too.
+    """
+    before, after = (pad_to_multiple(frame[None], 8) for frame in (first, second))
+    speeds = flow(before, after).float().square().sum(1).sqrt().flatten()
+    return float(speeds.topk(max(1, int(speeds.numel() * share))).values.mean())
+
+
+def lucas_kanade(first: Tensor, second: Tensor) -> Tensor:
+    """Return the optical flow from the first frame to the second, in pixels.
+
+    Lucas and Kanade 1981, from coarse to fine: a window's shift is the least-squares solution of
+    "brightness stays the same", and zero where nothing is seen that could tell.
+
+    Args:
+        first: ``[1, 3, H, W]`` of 0 to 255, RGB.
+        second: of the same shape.
+
+    Returns:
+        ``[1, 2, H, W]``: how far each pixel of the first frame goes right and down.
+    """
+    halvings = max(0, int(math.log2(min(first.shape[-2:]) / COARSEST)))
+    levels = [(first.float().mean(1, keepdim=True), second.float().mean(1, keepdim=True))]
+    for _ in range(halvings):
+        levels.append(tuple(F.avg_pool2d(grey, 2) for grey in levels[-1]))  # type: ignore[arg-type]
+    flow = torch.zeros(1, 2, 1, 1, device=first.device)
+    for before, after in reversed(levels):
+        size = before.shape[-2:]
+        scale = torch.tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]])
+        flow = F.interpolate(flow, size, mode="bilinear") * scale.to(flow).view(1, 2, 1, 1)
+        for _ in range(ROUNDS):
+            flow = flow + _refinement(before, _shifted(after, flow))
+    return flow
+
+
+def _refinement(before: Tensor, after: Tensor) -> Tensor:
+    """Return the small shift ``[1, 2, H, W]`` of each window between two grey pictures."""
+    padded = F.pad((before + after) / 2, (1, 1, 1, 1), mode="replicate")
+    right = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
+    down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
+    change = after - before
+    products = torch.cat(
+        (right * right, down * down, right * down, right * change, down * change), dim=1
+    )
+    sums = F.avg_pool2d(products, WINDOW, 1, WINDOW // 2, count_include_pad=False)
+    xx, yy, xy, xt, yt = sums.split(1, dim=1)
+    xx, yy = xx + 1.0, yy + 1.0  # without texture there is no answer: keep it at zero
+    determinant = xx * yy - xy * xy
+    shift = torch.cat((xy * yt - yy * xt, xy * xt - xx * yt), dim=1) / determinant
+    return shift.clamp(-1, 1)  # brightness is linear over a pixel or so
+
+
+def _shifted(picture: Tensor, flow: Tensor) -> Tensor:
+    """Return the picture where the flow says that its pixels have gone."""
+    height, width = picture.shape[-2:]
+    rows = torch.arange(height, device=picture.device).view(1, -1, 1)
+    columns = torch.arange(width, device=picture.device).view(1, 1, -1)
+    x = (columns + flow[:, 0] + 0.5) / width * 2 - 1
+    y = (rows + flow[:, 1] + 0.5) / height * 2 - 1
+    grid = torch.stack((x, y), dim=-1)
+    return F.grid_sample(picture, grid, align_corners=False, padding_mode="border")
