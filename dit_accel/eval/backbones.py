@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from dit_accel.errors import BackboneError, OptionError, did_you_mean
 
 Backbone: TypeAlias = Callable[..., Any]
-LAION_HEAD = (
-    "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth"
-)
+LAION_HEAD = "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth"
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def load_backbone(
         raise BackboneError(f"{name} ({source.title}) has to be brought. {source.hint}")
     try:
         return source.load(device, download)
-    except (ImportError, OSError) as error:  # such as no package, no file, no network
+    except (ImportError, OSError, RuntimeError) as error:  # no package, no file, no network, ...
         cause = str(error).strip().split("\n")[0]
         raise BackboneError(
             f"{name} ({source.title}) can't be loaded: {cause} To get it: {source.hint}"

@@ -86,8 +86,8 @@ def fidelity(
         actual_latents: final latents of any shape, before the autoencoder.
         dense_latents: of the same shape.
         convention: one of `CONVENTIONS`, to stand beside a paper's numbers.
-        lpips: what `load_lpips` returned (load it once for many videos); "auto" loads it if its
-            packages are installed; None leaves it out.
+        lpips: what `load_lpips` returned (load it once for many videos); "auto" loads it if
+            packages and weights are here; None leaves it out.
 
     Returns:
         "psnr_db", the mean over frames, "psnr_pooled_db", of one mean squared error over all
@@ -98,7 +98,6 @@ def fidelity(
     Raises:
         OptionError: if shapes differ or are no frames, no convention has that name, latents are
             given for one side only, or frames are smaller than SSIM's window.
-        BackboneError: if LPIPS is installed but its weights can't be loaded.
     """
     rules = find_convention(convention)
     _check_frames("fidelity", actual_frames, dense_frames)

@@ -10,11 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
-from dit_accel.errors import OptionError, did_you_mean
+import torch
+
+from dit_accel.errors import BackboneError, OptionError, did_you_mean
+from dit_accel.eval.backbones import Backbone
 from dit_accel.eval.dimensions.base import Dimension
 from dit_accel.registry import discover
+
+NO_BACKBONES: Mapping[str, Backbone] = MappingProxyType({})
 
 
 def list_dimensions() -> list[str]:
@@ -41,6 +47,28 @@ def make_dimension(name: str, **arguments: Any) -> Dimension:
         OptionError: if there is none; the message names the nearest.
     """
     return dimension_class(name)(**arguments)
+
+
+def ready_dimensions(
+    device: str | torch.device = "cpu", backbones: Mapping[str, Backbone] = NO_BACKBONES
+) -> tuple[dict[str, Dimension], dict[str, str]]:
+    """Return the dimensions that can be measured here without a download, and why others can't.
+
+    Args:
+        device: a torch device.
+        backbones: networks by name, taken instead of `backbones.BACKBONES`'s own.
+    """
+    ready: dict[str, Dimension] = {}
+    reasons = {}
+    for name in list_dimensions():
+        given = backbones.get(dimension_class(name).backbone_name or "")
+        dimension = make_dimension(name, backbone=given, device=device, download=False)
+        try:
+            dimension.load()
+            ready[name] = dimension
+        except BackboneError as error:
+            reasons[name] = str(error)
+    return ready, reasons
 
 
 @lru_cache(maxsize=1)

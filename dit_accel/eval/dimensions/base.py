@@ -23,6 +23,7 @@ class Dimension(ABC):
         backbone: the network, see the dimension for what it is given and returns; None loads
             `backbone_name` when it is first needed.
         device: where it runs, wherever the frames are.
+        download: whether weights of `backbone_name` that aren't here yet may be fetched.
     """
 
     name: ClassVar[str]
@@ -33,10 +34,15 @@ class Dimension(ABC):
     """Frames that the formula needs."""
 
     def __init__(
-        self, backbone: Backbone | None = None, *, device: str | torch.device = "cpu"
+        self,
+        backbone: Backbone | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        download: bool = True,
     ) -> None:
         self.device = torch.device(device)
         self._given = backbone
+        self._download = download
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -49,7 +55,7 @@ class Dimension(ABC):
             return self._given
         if self.backbone_name is None:
             raise OptionError(f"{self.name} has no backbone.")
-        return load_backbone(self.backbone_name, self.device)
+        return load_backbone(self.backbone_name, self.device, download=self._download)
 
     def load(self) -> None:
         """Load the network now, so that what is missing is known before videos are read."""
