@@ -57,12 +57,13 @@ def load_backbone(
         OptionError: if there is no such network.
         BackboneError: if it isn't installed or can't be loaded; the message says how to get it.
     """
+    device = torch.device(device)
+    for brought in entry_points(group="dit_accel.backbones", name=name):
+        made: Backbone = brought.load()(device)
+        return made
     if name not in BACKBONES:
         raise OptionError(f"unknown backbone {name!r}.{did_you_mean(name, BACKBONES)}")
-    source, device = BACKBONES[name], torch.device(device)
-    brought = entry_points(group="dit_accel.backbones", name=name)
-    if brought:
-        return next(iter(brought)).load()(device)
+    source = BACKBONES[name]
     if source.load is None:
         raise BackboneError(f"{name} ({source.title}) has to be brought. {source.hint}")
     try:

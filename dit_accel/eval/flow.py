@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from dit_accel.eval.backbones import Backbone
 from dit_accel.eval.pixels import pad_to_multiple
 
 WINDOW = 15  # pixels of a side of the window in which everything moves alike
+FINEST = 256  # pixels of the shorter side at most: larger pictures are made smaller first
 COARSEST = 24  # pixels of the shorter side below which pictures are not halved
 ROUNDS = 3  # at each resolution
 
@@ -30,7 +31,8 @@ def lucas_kanade(first: Tensor, second: Tensor) -> Tensor:
     """Return the optical flow from the first frame to the second, in pixels.
 
     Lucas and Kanade 1981, from coarse to fine: a window's shift is the least-squares solution of
-    "brightness stays the same", and zero where nothing is seen that could tell.
+    "brightness stays the same", and zero where nothing is seen that could tell. It doesn't see
+    things that move further than about their own size.
 
     Args:
         first: ``[1, 3, H, W]`` of 0 to 255, RGB.
@@ -39,18 +41,24 @@ def lucas_kanade(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         ``[1, 2, H, W]``: how far each pixel of the first frame goes right and down.
     """
-    halvings = max(0, int(math.log2(min(first.shape[-2:]) / COARSEST)))
-    levels = [(first.float().mean(1, keepdim=True), second.float().mean(1, keepdim=True))]
-    for _ in range(halvings):
-        levels.append(tuple(F.avg_pool2d(grey, 2) for grey in levels[-1]))  # type: ignore[arg-type]
+    shrink = min(1.0, FINEST / min(first.shape[-2:]))
+    finest = [round(size * shrink) for size in first.shape[-2:]]
+    grey = torch.cat((first, second)).float().mean(1, keepdim=True)
+    levels = [F.interpolate(grey, finest, mode="area")]
+    while min(levels[-1].shape[-2:]) >= 2 * COARSEST:
+        levels.append(F.avg_pool2d(levels[-1], 2))
     flow = torch.zeros(1, 2, 1, 1, device=first.device)
-    for before, after in reversed(levels):
-        size = before.shape[-2:]
-        scale = torch.tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]])
-        flow = F.interpolate(flow, size, mode="bilinear") * scale.to(flow).view(1, 2, 1, 1)
+    for pictures in reversed(levels):
+        flow = _enlarged(flow, pictures.shape[-2:])
         for _ in range(ROUNDS):
-            flow = flow + _refinement(before, _shifted(after, flow))
-    return flow
+            flow = flow + _refinement(pictures[:1], _shifted(pictures[1:], flow))
+    return _enlarged(flow, first.shape[-2:])
+
+
+def _enlarged(flow: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the flow ``[1, 2, *size]`` of pictures of another size."""
+    scale = torch.tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).to(flow)
+    return F.interpolate(flow, size, mode="bilinear") * scale.view(1, 2, 1, 1)
 
 
 def _refinement(before: Tensor, after: Tensor) -> Tensor:
@@ -62,8 +70,10 @@ def _refinement(before: Tensor, after: Tensor) -> Tensor:
     products = torch.cat(
         (right * right, down * down, right * down, right * change, down * change), dim=1
     )
-    sums = F.avg_pool2d(products, WINDOW, 1, WINDOW // 2, count_include_pad=False)
-    xx, yy, xy, xt, yt = sums.split(1, dim=1)
+    half = WINDOW // 2
+    means = F.avg_pool2d(products, (WINDOW, 1), 1, (half, 0), count_include_pad=False)
+    means = F.avg_pool2d(means, (1, WINDOW), 1, (0, half), count_include_pad=False)
+    xx, yy, xy, xt, yt = means.split(1, dim=1)
     xx, yy = xx + 1.0, yy + 1.0  # without texture there is no answer: keep it at zero
     determinant = xx * yy - xy * xy
     shift = torch.cat((xy * yt - yy * xt, xy * xt - xx * yt), dim=1) / determinant

@@ -8,15 +8,14 @@ VBench: Huang et al. 2024, arXiv 2311.17982.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
 from dit_accel.errors import BackboneError, OptionError, did_you_mean
-from dit_accel.eval.backbones import Backbone
+from dit_accel.eval.backbones import Backbone, load_backbone
 from dit_accel.eval.dimensions.base import Dimension
 from dit_accel.registry import discover
 
@@ -40,35 +39,41 @@ def dimension_class(name: str) -> type[Dimension]:
     return found
 
 
-def make_dimension(name: str, **arguments: Any) -> Dimension:
-    """Make the dimension called ``name``; see `Dimension` for the arguments.
-
-    Raises:
-        OptionError: if there is none; the message names the nearest.
-    """
-    return dimension_class(name)(**arguments)
-
-
-def ready_dimensions(
-    device: str | torch.device = "cpu", backbones: Mapping[str, Backbone] = NO_BACKBONES
+def load_dimensions(
+    names: Sequence[str] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    backbones: Mapping[str, Backbone] = NO_BACKBONES,
 ) -> tuple[dict[str, Dimension], dict[str, str]]:
-    """Return the dimensions that can be measured here without a download, and why others can't.
+    """Return dimensions by name with their networks, each of which is loaded once.
 
     Args:
+        names: which; None takes all that can be measured here without a download.
         device: a torch device.
-        backbones: networks by name, taken instead of `backbones.BACKBONES`'s own.
+        backbones: networks by name, taken instead of those of `backbones.BACKBONES`.
+
+    Returns:
+        The dimensions, and by name why others were left out.
+
+    Raises:
+        OptionError: if a name is unknown.
+        BackboneError: if the network of a dimension in ``names`` can't be loaded.
     """
-    ready: dict[str, Dimension] = {}
-    reasons = {}
-    for name in list_dimensions():
-        given = backbones.get(dimension_class(name).backbone_name or "")
-        dimension = make_dimension(name, backbone=given, device=device, download=False)
+    networks = dict(backbones)
+    made: dict[str, Dimension] = {}
+    reasons: dict[str, str] = {}
+    for cls in [dimension_class(name) for name in names or list_dimensions()]:
+        needed = cls.backbone_name
         try:
-            dimension.load()
-            ready[name] = dimension
+            if needed is not None and needed not in networks:
+                networks[needed] = load_backbone(needed, device, download=names is not None)
         except BackboneError as error:
-            reasons[name] = str(error)
-    return ready, reasons
+            if names is not None:
+                raise
+            reasons[cls.name] = str(error)
+            continue
+        made[cls.name] = cls(networks.get(needed or ""), device=device)
+    return made, reasons
 
 
 @lru_cache(maxsize=1)

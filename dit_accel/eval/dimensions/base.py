@@ -23,7 +23,6 @@ class Dimension(ABC):
         backbone: the network, see the dimension for what it is given and returns; None loads
             `backbone_name` when it is first needed.
         device: where it runs, wherever the frames are.
-        download: whether weights of `backbone_name` that aren't here yet may be fetched.
     """
 
     name: ClassVar[str]
@@ -34,15 +33,10 @@ class Dimension(ABC):
     """Frames that the formula needs."""
 
     def __init__(
-        self,
-        backbone: Backbone | None = None,
-        *,
-        device: str | torch.device = "cpu",
-        download: bool = True,
+        self, backbone: Backbone | None = None, *, device: str | torch.device = "cpu"
     ) -> None:
         self.device = torch.device(device)
         self._given = backbone
-        self._download = download
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -55,12 +49,7 @@ class Dimension(ABC):
             return self._given
         if self.backbone_name is None:
             raise OptionError(f"{self.name} has no backbone.")
-        return load_backbone(self.backbone_name, self.device, download=self._download)
-
-    def load(self) -> None:
-        """Load the network now, so that what is missing is known before videos are read."""
-        if self.backbone_name is not None:
-            _ = self.backbone
+        return load_backbone(self.backbone_name, self.device)
 
     def measure(self, frames: Tensor, fps: float = 8.0, prompt: str = "") -> float:
         """Return the value of one video.
