@@ -41,6 +41,11 @@ class Source:
     hint: str
     load: Callable[[torch.device, bool], Backbone] | None = None
 
+    @property
+    def described(self) -> str:
+        """Title and licence."""
+        return f"{self.title}; licence: {self.licence}"
+
 
 def load_backbone(
     name: str, device: str | torch.device = "cpu", *, download: bool = True
@@ -65,13 +70,13 @@ def load_backbone(
         raise OptionError(f"unknown backbone {name!r}.{did_you_mean(name, BACKBONES)}")
     source = BACKBONES[name]
     if source.load is None:
-        raise BackboneError(f"{name} ({source.title}) has to be brought. {source.hint}")
+        raise BackboneError(f"{name} ({source.described}) has to be brought. {source.hint}")
     try:
         return source.load(device, download)
     except (ImportError, OSError, RuntimeError) as error:  # no package, no file, no network, ...
         cause = str(error).strip().split("\n")[0]
         raise BackboneError(
-            f"{name} ({source.title}) can't be loaded: {cause} To get it: {source.hint}"
+            f"{name} ({source.described}) can't be loaded: {cause} {source.hint}"
         ) from error
 
 
@@ -189,10 +194,10 @@ def _hub_file(url: str, download: bool) -> Path:
     return path
 
 
-_DOWNLOAD = "its weights are downloaded once from Hugging Face."
+_DOWNLOAD = "Its weights are downloaded once from Hugging Face."
 _BRING = (
-    "give a function as `backbone`, or on the command line --backbone NAME=MODULE:FUNCTION, or an "
-    "entry point of the group dit_accel.backbones."
+    "Give it as `backbone` in Python, by --backbone NAME=MODULE:FUNCTION on the command line, or by "
+    "an entry point of the group dit_accel.backbones."
 )
 BACKBONES = MappingProxyType(
     {
@@ -201,29 +206,29 @@ BACKBONES = MappingProxyType(
         "laion_aesthetic": Source(
             "openai/clip-vit-large-patch14 and LAION's sa_0_4_vit_l_14_linear.pth",
             "MIT",
-            f"{_DOWNLOAD[:-1]} and GitHub.",
+            "Its weights are downloaded once from Hugging Face and GitHub.",
             _load_aesthetic,
         ),
         "raft": Source(
             "torchvision's raft_large, C_T_V1",
             "BSD-3-Clause",
-            "pip install torchvision; its weights are downloaded once.",
+            "pip install torchvision; its weights are downloaded once from pytorch.org.",
             _load_raft,
         ),
         "amt": Source(
             "AMT-S, github.com/MCG-NKU/AMT",
             "CC BY-NC 4.0",
-            f"Its licence forbids commercial use, so it isn't part of this: {_BRING}",
+            _BRING,
         ),
         "musiq": Source(
             "MUSIQ trained on SPAQ, such as pyiqa's musiq-spaq",
             "pyiqa: PolyForm Noncommercial and NTU S-Lab",
-            f"Its licence forbids commercial use, so it isn't part of this: {_BRING}",
+            _BRING,
         ),
         "viclip": Source(
             "ViCLIP ViT-L InternVid-10M-FLT, huggingface.co/OpenGVLab",
             "see its model card",
-            f"No package provides it, so it isn't part of this: {_BRING}",
+            _BRING,
         ),
         "efficientnet_lite0": Source(
             "EfficientNet-Lite0 trained on ImageNet",
