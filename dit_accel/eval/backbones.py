@@ -196,8 +196,8 @@ def _hub_file(url: str, download: bool) -> Path:
 
 _DOWNLOAD = "Its weights are downloaded once from Hugging Face."
 _BRING = (
-    "Give it as `backbone` in Python, by --backbone NAME=MODULE:FUNCTION on the command line, or by "
-    "an entry point of the group dit_accel.backbones."
+    "Give it as `backbone` in Python, by --backbone NAME=MODULE:FUNCTION on the command line, or "
+    "by an entry point of the group dit_accel.backbones."
 )
 BACKBONES = MappingProxyType(
     {

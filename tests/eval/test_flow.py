@@ -1,4 +1,4 @@
-"""The classical flow finds known shifts, sees nothing in noise, and the fastest pixels are picked."""
+"""The classical flow finds known shifts, and nothing in noise; the fastest pixels are picked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt following in VBench's manner: drawn scenes follow their prompts, others by known shares."""
+"""Prompt following in VBench's manner: drawn scenes follow their prompts, others in part."""
 
 from __future__ import annotations
 
