@@ -265,6 +265,12 @@ def test_bad_input_is_refused():
         load_dimensions(["subject_consistancy"])
 
 
+def test_what_is_no_number_is_no_value():
+    video = flat(RED, RED)
+    with pytest.raises(VideoError, match="is nan"):
+        AestheticQuality(lambda images: images[:, 0, 0, 0] / 0 * 0).measure(video)
+
+
 def test_without_downloads_there_are_proxies():
     ready, reasons = load_dimensions()
     assert sorted(ready) == [name for name in list_dimensions() if name.startswith("proxy_")]

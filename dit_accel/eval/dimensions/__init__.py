@@ -62,7 +62,8 @@ def load_dimensions(
     networks = dict(backbones)
     made: dict[str, Dimension] = {}
     reasons: dict[str, str] = {}
-    for cls in [dimension_class(name) for name in names or list_dimensions()]:
+    chosen = list_dimensions() if names is None else names
+    for cls in [dimension_class(name) for name in chosen]:
         needed = cls.backbone_name
         try:
             if needed is not None and needed not in networks:

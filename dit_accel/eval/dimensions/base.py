@@ -62,12 +62,15 @@ class Dimension(ABC):
 
         Raises:
             OptionError: if these are no frames, or ``fps`` is not positive.
-            VideoError: if there are too few frames.
+            VideoError: if there are too few frames, or the network gives no number.
             BackboneError: if the network can't be loaded.
         """
         pixels = self._prepared(frames, fps)
         with torch.inference_mode():
-            return float(self.compute(pixels, fps, prompt))
+            value = float(self.compute(pixels, fps, prompt))
+        if not math.isfinite(value):
+            raise VideoError(f"{self.name} of this video is {value}.")
+        return value
 
     def counts(self, frames: Tensor, fps: float = 8.0) -> bool:
         """Whether VBench's value of a data set takes this video into account."""
@@ -80,11 +83,6 @@ class Dimension(ABC):
     @abstractmethod
     def compute(self, pixels: Tensor, fps: float, prompt: str) -> float | Tensor:
         """Return the value of pixels ``[T, 3, H, W]``, whole numbers between 0 and 255."""
-
-    @classmethod
-    def summary(cls) -> str:
-        """Return the first line of the class's docstring."""
-        return (cls.__doc__ or "").strip().splitlines()[0]
 
     def _prepared(self, frames: Tensor, fps: float) -> Tensor:
         if frames.dim() != 4 or frames.shape[1] != 3 or not frames.is_floating_point():
