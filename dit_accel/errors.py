@@ -46,6 +46,14 @@ class ContextParallelError(DitAccelError, RuntimeError):
     """This combination of method and context parallelism would give wrong results."""
 
 
+class BackboneError(DitAccelError, RuntimeError):
+    """A network that a measure needs is not installed, or its weights can't be loaded."""
+
+
+class VideoError(DitAccelError, ValueError):
+    """A video or image can't be read, or shows nothing."""
+
+
 class UnknownWordsWarning(UserWarning):
     """A prompt has words that the model's captions never had."""
 

@@ -108,7 +108,7 @@ def resolve_method(method: str | Method, **options: Any) -> Method:
 def _methods() -> Mapping[str, type[Method]]:
     found: dict[str, type[Method]] = {}
     for group in KINDS.values():
-        found |= _discover(group, Method, group)
+        found |= discover(group, Method, group)
     return MappingProxyType(found)
 
 
@@ -116,12 +116,18 @@ def _methods() -> Mapping[str, type[Method]]:
 def _families() -> Mapping[str, type[PipelineFamily]]:
     from dit_accel.pipelines.base import PipelineFamily
 
-    families = _discover("dit_accel.pipelines", PipelineFamily, "dit_accel.families")  # type: ignore[type-abstract]
+    families = discover("dit_accel.pipelines", PipelineFamily, "dit_accel.families")  # type: ignore[type-abstract]
     return families
 
 
-def _discover(package: str, base: type[T], group: str) -> Mapping[str, type[T]]:
-    """Return the concrete classes of a package's modules (if it exists) and of an entry point."""
+def discover(package: str, base: type[T], group: str) -> Mapping[str, type[T]]:
+    """Return by name the concrete classes of a package (if it exists) and of an entry point group.
+
+    Args:
+        package: the package whose modules define them.
+        base: what they derive from; each has a ``name``.
+        group: the entry point group of other packages.
+    """
     classes: list[Any] = []
     spec = find_spec(package)
     folders = (spec.submodule_search_locations or []) if spec else []
