@@ -331,7 +331,7 @@ def fidelity() -> str:
     note = (
         "PSNR in dB / SSIM to dense attention's own output, at equal density over the sparse "
         "calls (choosing included, met within 10 %; a dash: out of the method's reach; empty: not "
-        "measured). "
+        "measured; SSIM with windows padded by reflection, as torchmetrics has it). "
         f"{settings['prompts']} prompts, same noise, first quarter of the steps dense, blocks of "
         f"{settings['block']} tokens. {' '.join(source(data) for data in files)}\n"
     )
