@@ -12,9 +12,10 @@ is that of one denoising loop; the dense one is the median of three.
 
 One JSON file a model, written after each row. A row that fails says so and the run goes on; a later
 run keeps the rows that are there and tries the failed ones again. Caches alone come first, then
-each at its middle strength with the sparse methods, then the other strengths: `--seconds` ends a
-model's run early without losing what matters most. PSNR and SSIM compare frames, "latent" is the
-relative L1 error of the final latents. `--plot` measures nothing: it draws what the files hold.
+each at its middle strength with the sparse methods (Radial and PISA; GNA and PISA for pictures),
+then the other strengths: `--seconds` ends a model's run early without losing what matters most.
+PSNR and SSIM compare frames, "latent" is the relative L1 error of the final latents. `--plot`
+measures nothing: it draws what the files hold.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fidelity import BLOCK, BLOCKS, SCHEDULE, Clips, generate_all
+from fidelity import BLOCK, SCHEDULE, Clips, generate_all
 from torch import nn
 
 from dit_accel import accelerate_pipeline, acceleration_report, list_methods, restore_pipeline
@@ -68,8 +69,16 @@ OPTIONS: dict[str, Row] = {
 ATTENTION: dict[str, Row] = {
     "none": {},
     "radial": {"density": 0.6, "radial": {"block_size": BLOCK}},
-    "pisa": {"density": 0.3, "pisa": BLOCKS.get("pisa", {"block_size": BLOCK})},
+    "pisa": {"density": 0.3, "pisa": {"block_size": BLOCK}},
 }
+OF_PICTURES: dict[str, Row] = {
+    "none": {},
+    "gna": {"gna": {"window": (1.0, 0.5, 0.5), "block_size": BLOCK}},
+    "pisa": {"pisa": {"density": 0.3, "block_size": BLOCK}},
+}
+"""Radial attends a single frame densely. Text is a third of the tokens or more, always exact, so
+densities are those of the pairs of picture tokens."""
+KINDS = list(dict.fromkeys((*ATTENTION, *OF_PICTURES)))
 WITHOUT_BLOCK_CALLS = ("pab", "remainder_cache", "unconditional_cache")
 """Caches that skip something else, or whole passes: they have their usual strengths."""
 
@@ -157,8 +166,13 @@ class ModelBench:
             "dtype": args.dtype,
             "shares": SHARES,
             "options": OPTIONS,
-            "attention": ATTENTION,
+            "attention": OF_PICTURES if world == "pictures" else ATTENTION,
             "schedule": SCHEDULE,
+        }
+        self.attention = {
+            kind: options
+            for kind, options in (OF_PICTURES if world == "pictures" else ATTENTION).items()
+            if kind in args.attention
         }
         self.pipe: Any = None
         self.dense: Clips = Clips([], [])
@@ -196,7 +210,7 @@ class ModelBench:
         self.prepare()
         name, attention = task["cache"], task["attention"]
         chosen = [attention] if attention != "none" else []
-        options: Row = ATTENTION[attention] | SCHEDULE if chosen else {}
+        options: Row = self.attention[attention] | SCHEDULE if chosen else {}
         try:
             if attention not in self._warm and self.device != "cpu":
                 if chosen:
@@ -276,13 +290,15 @@ def _counts(report: AccelerationReport) -> Row:
     }
 
 
-def tasks_of(args: argparse.Namespace, strengths: Mapping[str, Sequence[float]]) -> list[Row]:
+def tasks_of(
+    args: argparse.Namespace, kinds: Sequence[str], strengths: Mapping[str, Sequence[float]]
+) -> list[Row]:
     """Return what to measure, what matters most first."""
-    combined = [attention for attention in args.attention if attention != "none"]
+    combined = [kind for kind in kinds if kind != "none"]
     bare = [("none", None, attention) for attention in combined]
     middle, others = [], []
     for attention, name in product(combined, args.caches):
-        if name == "remainder_cache" and attention != "radial":
+        if name == "remainder_cache" and attention == "pisa":
             continue  # it goes with static methods only
         for strength in strengths.get(name, ()):
             among = middle if strength == _middle(strengths[name]) else others
@@ -291,7 +307,7 @@ def tasks_of(args: argparse.Namespace, strengths: Mapping[str, Sequence[float]])
         (name, strength, "none")
         for name in args.caches
         for strength in strengths.get(name, ())
-        if name != "remainder_cache" and "none" in args.attention
+        if name != "remainder_cache" and "none" in kinds
     ]
     keys = [*alone, *bare, *middle, *([] if args.middle_only else others)]
     return [dict(zip(("cache", "strength", "attention"), key, strict=True)) for key in keys]
@@ -316,7 +332,9 @@ def measure_model(model: str, args: argparse.Namespace) -> Row:
             print(f"{name} {cache} strengths: {told}", flush=True)
     strengths = {cache: method_class(cache).strengths for cache in WITHOUT_BLOCK_CALLS}  # type: ignore[attr-defined]
     strengths |= {row["probe"]: row["strengths"] for row in results.rows if "strengths" in row}
-    todo = [task for task in tasks_of(args, strengths) if not results.has(task)]
+    todo = [
+        task for task in tasks_of(args, list(bench.attention), strengths) if not results.has(task)
+    ]
     for number, task in enumerate(todo):
         if args.seconds is not None and time.monotonic() - started > args.seconds:
             print(f"{name}: out of time, {len(todo) - number} rows left for a later run")
@@ -370,6 +388,9 @@ def summary(contents: Sequence[Row]) -> Row:
     return found
 
 
+STYLES = {"none": "-", "radial": "--", "gna": "--", "pisa": ":"}
+
+
 def plot(contents: Sequence[Row], output: Path) -> None:
     """PSNR against measured speed-up: one panel a model, one line a cache."""
     import matplotlib
@@ -385,7 +406,7 @@ def plot(contents: Sequence[Row], output: Path) -> None:
     )
     for content, panel in zip(contents, panels[0], strict=True):
         measured = [row for row in content["rows"] if "psnr_db" in row]
-        for (index, cache), style in product(enumerate(caches), ATTENTION):
+        for (index, cache), style in product(enumerate(caches), STYLES):
             rows = [r for r in measured if (r["cache"], r["attention"]) == (cache, style)]
             rows.sort(key=lambda r: r["speedup"])
             if rows:
@@ -393,7 +414,7 @@ def plot(contents: Sequence[Row], output: Path) -> None:
                     [r["speedup"] for r in rows],
                     [r["psnr_db"] for r in rows],
                     color=plt.get_cmap("tab20")(2 * index % 20 + index // 10),
-                    linestyle={"none": "-", "radial": "--", "pisa": ":"}[style],
+                    linestyle=STYLES[style],
                     marker="o",
                     markersize=4,
                     label=cache if style == "none" else None,
@@ -402,7 +423,7 @@ def plot(contents: Sequence[Row], output: Path) -> None:
         panel.set(title=content["model"], xlabel="speed-up of the denoising loop")
         panel.set_ylabel("PSNR to dense, dB")
         panel.grid(alpha=0.3)
-    panels[0][-1].legend(fontsize=7, title="- alone  -- radial  : pisa")
+    panels[0][-1].legend(fontsize=7, title="- alone  -- radial, gna  : pisa")
     figure.savefig(output.with_suffix(".png"), dpi=120)
     figure.savefig(output.with_suffix(".svg"))
     plt.close(figure)
@@ -413,7 +434,7 @@ def main() -> None:
     caches = list_methods("cache")
     parser.add_argument("--models", nargs="+", default=["tiny-wan"], help="names or folders")
     parser.add_argument("--caches", nargs="*", default=caches, choices=caches)
-    parser.add_argument("--attention", nargs="+", default=list(ATTENTION), choices=ATTENTION)
+    parser.add_argument("--attention", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--middle-only", action="store_true", help="combined at one strength only")
     parser.add_argument("--seconds", type=float, help="begin no row of a model after this long")
     parser.add_argument("--prompts", type=int, default=16, help="the first so many of 64")
