@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,9 +33,16 @@ from dit_accel.policy import policy_rows
 from dit_accel.presets import DEFAULT, Preset, auto_method, preset_for
 from dit_accel.registry import family_class, list_families, method_class
 from dit_accel.report import AccelerationReport, forward_seconds
-from dit_accel.runtime import Runtime, warn_switched_off
+from dit_accel.runtime import Runtime
 from dit_accel.schedule import Schedule, Steps
-from dit_accel.session import AttentionSession, Session, SessionMethod, arguments_by_name
+from dit_accel.session import (
+    AttentionSession,
+    ResolutionSession,
+    Session,
+    SessionMethod,
+    arguments_by_name,
+    intercept_pipeline,
+)
 
 if TYPE_CHECKING:
     from dit_accel.calibration import Calibration
@@ -60,7 +68,7 @@ def accelerate_pipeline(
     probe: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> Any:
-    """Attach an attention method, a cache, a guidance to a diffusers pipeline. For inference.
+    """Attach an attention method, a cache, a guidance, a resolution method. For inference.
 
     Calling it again replaces what was attached; `restore_pipeline` undoes it exactly.
 
@@ -226,7 +234,7 @@ class Acceleration:
     def attach(self) -> None:
         """Install the backend and the hooks; on failure leave the pipeline as it was."""
         try:
-            if self.runtime.method is not None:
+            if self.runtime.attends:
                 function, forget = _compilable(self._name, self.runtime)
                 self._undo.append(forget)
                 self._undo.append(compat.add_attention_backend(self._name, function))
@@ -235,6 +243,9 @@ class Acceleration:
                 if found is not None:
                     self._compile(found)
                     self._attach_transformer(_unwrap(found))
+            for session in self.runtime.sessions:
+                if isinstance(session, ResolutionSession):
+                    self._undo.append(intercept_pipeline(self.pipe, session.generate))
         except BaseException:
             self.restore()
             raise
@@ -286,7 +297,7 @@ class Acceleration:
         layers = runtime.family.attention_layers(transformer)
         runtime.recorder.layer_blocks = _blocks_of(layers, runtime.family.blocks(transformer))
         member = None
-        if runtime.method is not None:
+        if runtime.attends:
             self._undo += runtime.family.install_processors(transformer)
             member = compat.backend_member(self._name)
             for index, layer in enumerate(layers):
@@ -301,7 +312,7 @@ class Acceleration:
             backends = [getattr(layer.processor, "_attention_backend", None) for layer in layers]
             off = sum(backend != member for backend in backends) if member is not None else 0
             if off:
-                warn_switched_off(runtime, off, len(layers))
+                _warn_switched_off(runtime, off, len(layers))
             parallel = getattr(layers[0].processor, "_parallel_config", None) is not None
             named = arguments_by_name(module, args, kwargs)
             return (), runtime.enter(module, named, len(layers), parallel)
@@ -316,6 +327,19 @@ class Acceleration:
         )
         self._undo += runtime.family.install_shuffle(transformer, runtime.shuffle)
         self._undo.append(transformer.register_forward_hook(leave, always_call=True).remove)
+
+
+def _warn_switched_off(runtime: Runtime, off: int, total: int) -> None:
+    """Tell, once, that somebody replaced attention backends after acceleration."""
+    text = (
+        f"{off} of {total} attention layers no longer run through accelerate_pipeline: their "
+        "processors or backends were changed after it (set_attention_backend, "
+        "set_attn_processor, load_ip_adapter, ...). They run without the method; call "
+        "accelerate_pipeline again to switch it back on."
+    )
+    if text not in runtime.recorder.notes:
+        runtime.recorder.note(text)
+        warnings.warn(text, stacklevel=2)
 
 
 def _blocks_of(layers: list[Any], blocks: list[nn.Module]) -> tuple[int | None, ...]:
@@ -408,8 +432,11 @@ def _compilable(name: str, runtime: Runtime) -> tuple[Callable[..., Tensor], Und
 
 
 def _start_sessions(pipe: Any, runtime: Runtime, methods: Iterable[Method]) -> tuple[Session, ...]:
-    """Return the working states of the cache and the guidance among the methods."""
+    """Return the working states of the methods that have one."""
+    methods = list(methods)
     acting = [method for method in methods if isinstance(method, SessionMethod)]
+    for method in acting:
+        method.check_beside([other for other in methods if other is not method])
     sessions = tuple(method.session(pipe, runtime.seam) for method in acting)
     for method, session in zip(acting, sessions, strict=True):
         if runtime.method is None and session.needs_attention_method:
