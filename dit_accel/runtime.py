@@ -86,6 +86,7 @@ class Runtime:
             for session in self.sessions:
                 session.begin()
         self.recorder.begin(moment.generation)
+        self._forget_forward()  # an interrupt may have spared the one before its `leave`
         if self.attends:
             kwargs = self._enter_attention(transformer, kwargs, moment, num_layers, parallel)
         self.seam.renew(transformer)
@@ -97,14 +98,17 @@ class Runtime:
 
     def leave(self, output: Any) -> None:
         """End the forward, also after an exception (then ``output`` is None)."""
-        self._running = None
-        self.shuffle.gather = self.shuffle.scatter = None
+        self._forget_forward()
         started, self._started = self._started, None
         if started is not None:
             moment, begun = started
             self.recorder.forwards.append((moment.step, begun, time_mark(begun)))
             for session in self.sessions:
                 session.leave(output)
+
+    def _forget_forward(self) -> None:
+        self._running = None
+        self.shuffle.gather = self.shuffle.scatter = None
 
     def _enter_attention(
         self,
