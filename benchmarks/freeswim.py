@@ -2,8 +2,8 @@
 
     python benchmarks/freeswim.py quality --output benchmarks/results/freeswim-quality-h100.json
     python benchmarks/freeswim.py step --output benchmarks/results/freeswim-step-h100.json
-    python benchmarks/freeswim.py quality --device cpu --prompts 1 --steps 2 --scales 2  # a trial
-    python benchmarks/freeswim.py step --device cpu --toy                                # likewise
+    python benchmarks/freeswim.py quality --device cpu --prompts 1 --steps 2 --frames 9 --scales 2
+    python benchmarks/freeswim.py step --device cpu --toy  # these two are trials
 
 "quality" takes fixed prompts of the bundled model's world at multiples of its largest training
 size, from the same seeds. A checker reads the prompted attributes off the clips, and whether each
@@ -100,19 +100,18 @@ class QualityBench:
     dtype: str
     prompts: int
     batch: int
-    steps: int | None
+    changed: Row
     flow_shift: float
     tiles: Path
 
     def __post_init__(self) -> None:
         """Load the model and the prompts."""
         defaults = asdict(generation_defaults(MODEL))
-        settings = {name: defaults[name] for name in ("steps", "guidance", "frames")}
+        settings = {name: defaults[name] for name in ("steps", "guidance", "frames")} | self.changed
         self.entries = fixed_prompts(defaults["world"])[: self.prompts]
         self.requests = [
             GenerationRequest(
-                prompt=entry["prompt"], seed=seed, height=TRAINED, width=TRAINED,
-                **{**settings, "steps": self.steps or settings["steps"]},
+                prompt=entry["prompt"], seed=seed, height=TRAINED, width=TRAINED, **settings
             )
             for seed, entry in enumerate(self.entries)
         ]  # fmt: skip
@@ -420,7 +419,9 @@ def _show(row: Row) -> None:
 def run_quality(args: argparse.Namespace, about: Row, device: str) -> Callable[[], Row]:
     """Measure what is missing; return what makes the summary."""
     batch = args.batch or (1 if device == "cpu" else 8)
-    settings = {"prompts": args.prompts, "steps": args.steps, "dtype": args.dtype}
+    changed = {name: getattr(args, name) for name in ("steps", "frames")}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    settings = {"prompts": args.prompts, "dtype": args.dtype, **changed}
     settings |= {"flow_shift": args.flow_shift, "model": MODEL, "trained": TRAINED}
     results = ResultFile("freeswim-quality", about, settings, args.output, args.force)
     tiles = (args.output or Path("freeswim-quality.json")).with_suffix("")
@@ -433,7 +434,7 @@ def run_quality(args: argparse.Namespace, about: Row, device: str) -> Callable[[
     ]
     if not all(results.has(task) for task in tasks):
         bench = QualityBench(
-            device, args.dtype, args.prompts, batch, args.steps, args.flow_shift, tiles
+            device, args.dtype, args.prompts, batch, changed, args.flow_shift, tiles
         )
         run_tasks(bench, tasks, results, show=_show)
     write_sheets(results, tiles)
@@ -479,7 +480,8 @@ def main() -> None:
     quality = parser.add_argument_group("quality")
     quality.add_argument("--prompts", type=int, default=16, help="the first so many of 64")
     quality.add_argument("--batch", type=int, help="prompts at once; 8 on a GPU, 1 on a CPU")
-    quality.add_argument("--steps", type=int, help="the model's own by default")
+    for name in ("steps", "frames"):
+        quality.add_argument(f"--{name}", type=int, help="the model's own by default")
     quality.add_argument("--scales", type=int, nargs="+", default=[2, 3])
     quality.add_argument("--sigma", type=float, nargs="+", default=[FreeSwim.sigma])
     quality.add_argument("--flow-shift", type=float, default=9.0, help="of the second stage")

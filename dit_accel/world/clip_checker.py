@@ -200,6 +200,7 @@ def find_repeats(clip: Tensor, scene: Scene) -> dict[str, list[bool]]:
     for colour in own:
         parts = count_parts(found[colour])
         shown = parts[parts > 0]
-        once.append(len(shown) > 0 and float(shown.float().quantile(0.4)) == 1)
+        visible = float(found[colour].float().mean()) > 2e-3
+        once.append(visible and float(shown.float().quantile(0.4)) == 1)
     others = [float(mask.float().mean()) for colour, mask in found.items() if colour not in own]
     return {"once": once, "alone": [max(others) < STRANGER]}
