@@ -6,9 +6,7 @@ what the tokens are. Everything is undone in reverse by `restore_pipeline`.
 
 from __future__ import annotations
 
-import inspect
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,7 +21,6 @@ from dit_accel.errors import (
     ContextParallelError,
     OptionError,
     UnknownPipelineError,
-    did_you_mean,
 )
 from dit_accel.kinds import Method
 from dit_accel.methods.base import AttentionMethod, check_density
@@ -33,7 +30,7 @@ from dit_accel.policy import policy_rows
 from dit_accel.presets import DEFAULT, Preset, auto_method, preset_for
 from dit_accel.registry import family_class, list_families, method_class
 from dit_accel.report import AccelerationReport, forward_seconds
-from dit_accel.runtime import Runtime
+from dit_accel.runtime import Runtime, warn_switched_off
 from dit_accel.schedule import Schedule, Steps
 from dit_accel.session import (
     AttentionSession,
@@ -190,7 +187,7 @@ def _prepare(
             for name in ("dense_steps", "dense_layers", "min_tokens")
         )
     )
-    source, compiled = _source(chosen, variants), _compile_options(compiling)
+    source, compiled = _source(chosen, variants), compat.compile_options(compiling)
     calibration = _calibrate(pipe, chosen, wish, {**general, **options})
     if calibration is not None:
         methods = compose(chosen, {**options, calibration.method: calibration.options}, defaults)
@@ -312,7 +309,7 @@ class Acceleration:
             backends = [getattr(layer.processor, "_attention_backend", None) for layer in layers]
             off = sum(backend != member for backend in backends) if member is not None else 0
             if off:
-                _warn_switched_off(runtime, off, len(layers))
+                warn_switched_off(runtime, off, len(layers))
             parallel = getattr(layers[0].processor, "_parallel_config", None) is not None
             named = arguments_by_name(module, args, kwargs)
             return (), runtime.enter(module, named, len(layers), parallel)
@@ -327,19 +324,6 @@ class Acceleration:
         )
         self._undo += runtime.family.install_shuffle(transformer, runtime.shuffle)
         self._undo.append(transformer.register_forward_hook(leave, always_call=True).remove)
-
-
-def _warn_switched_off(runtime: Runtime, off: int, total: int) -> None:
-    """Tell, once, that somebody replaced attention backends after acceleration."""
-    text = (
-        f"{off} of {total} attention layers no longer run through accelerate_pipeline: their "
-        "processors or backends were changed after it (set_attention_backend, "
-        "set_attn_processor, load_ip_adapter, ...). They run without the method; call "
-        "accelerate_pipeline again to switch it back on."
-    )
-    if text not in runtime.recorder.notes:
-        runtime.recorder.note(text)
-        warnings.warn(text, stacklevel=2)
 
 
 def _blocks_of(layers: list[Any], blocks: list[nn.Module]) -> tuple[int | None, ...]:
@@ -500,21 +484,6 @@ def _check_exact(method: AttentionMethod | None, precision: str | None) -> None:
             f"method {method.name!r} pools blocks, which are attended in the tensors' own dtype "
             f"alone: leave {precision=} out, or choose e.g. 'radial' or 'gna' without a remainder."
         )
-
-
-def _compile_options(compiling: bool | Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments for ``torch.compile``, or None not to compile."""
-    if isinstance(compiling, bool):
-        return {} if compiling else None
-    if not isinstance(compiling, Mapping):
-        raise OptionError(
-            f"compile={compiling!r} must be True, False or torch.compile's keyword arguments."
-        )
-    valid = [*inspect.signature(torch.compile).parameters][1:]
-    for name in compiling:
-        if name not in valid:
-            raise OptionError(f"torch.compile has no option {name!r}.{did_you_mean(name, valid)}")
-    return dict(compiling)
 
 
 def _unwrap(transformer: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -477,6 +478,19 @@ class Runtime:
             )
             self._indices[key] = gather, torch.argsort(gather)
         return self._indices[key]
+
+
+def warn_switched_off(runtime: Runtime, off: int, total: int) -> None:
+    """Tell, once, that somebody replaced attention backends after acceleration."""
+    text = (
+        f"{off} of {total} attention layers no longer run through accelerate_pipeline: their "
+        "processors or backends were changed after it (set_attention_backend, "
+        "set_attn_processor, load_ip_adapter, ...). They run without the method; call "
+        "accelerate_pipeline again to switch it back on."
+    )
+    if text not in runtime.recorder.notes:
+        runtime.recorder.note(text)
+        warnings.warn(text, stacklevel=2)
 
 
 def _dtype_name(tensor: Tensor) -> str:

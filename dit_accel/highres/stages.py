@@ -84,7 +84,6 @@ def generate_in_stages(
     """
     pipe, method = session.pipe, session.method
     given = dict(inspect.signature(call).bind(*args, **kwargs).arguments)
-    given |= given.pop("kwargs", {})
     target = _target(pipe, given)
     if target == session.sizes.trained:
         return call(*args, **kwargs)
