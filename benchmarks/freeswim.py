@@ -2,6 +2,7 @@
 
     python benchmarks/freeswim.py quality --output benchmarks/results/freeswim-quality-h100.json
     python benchmarks/freeswim.py step --output benchmarks/results/freeswim-step-h100.json
+    python benchmarks/freeswim.py memory --output benchmarks/results/freeswim-memory-h100.json
     python benchmarks/freeswim.py quality --device cpu --prompts 1 --steps 2 --frames 9 --scales 2
     python benchmarks/freeswim.py step --device cpu --toy  # these two are trials
 
@@ -17,6 +18,8 @@ takes from them the mean step with classifier-free guidance (a conditional and a
 forward): dense, and FreeSwim with a full pass in one step of 2 and of 5. Where the name says "all
 layers", all are measured, once: their peak memory is that of a real step.
 
+"memory" runs one generation of two steps a stage, VAE included, with so much of the GPU's memory.
+
 Rows that the output holds are kept; what failed is tried again.
 """
 
@@ -25,9 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,18 +37,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fidelity import generate_all
+from freeswim_steps import SIZES, MemoryBench, StepBench, now, step_tasks, with_ratios
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dit_accel import FreeSwim, accelerate_pipeline, acceleration_report, restore_pipeline
-from dit_accel.bench.architectures import TOY, Architecture, load_architecture
-from dit_accel.bench.measuring import Row, free_memory, manifest, write_json
-from dit_accel.bench.methods import block_options
+from dit_accel.bench.measuring import Row, manifest, write_json
 from dit_accel.bench.runs import ResultFile, run_tasks
 from dit_accel.environment import pick_device
 from dit_accel.generation import GenerationRequest
 from dit_accel.highres.reference import window_tokens
-from dit_accel.highres.stages import kept_bytes
 from dit_accel.models import generation_defaults, load_pipeline
 from dit_accel.world import clips
 from dit_accel.world.clip_checker import find_repeats
@@ -75,21 +74,6 @@ QUALITY: dict[str, FreeSwim | None] = {
 SHEET = ("drawn", "enlarged", "dense", "windows, one stage", "windows", "freeswim",
          "freeswim, every 2", "freeswim, every 5")  # fmt: skip
 SHOWN, SIDE = 6, 160  # prompts on a sheet, and pixels of a picture
-
-SIZES = {
-    "1088p81": {"height": 1088, "width": 1920, "frames": 81},
-    "2176p17": {"height": 2176, "width": 3840, "frames": 17},
-}
-STEP: dict[str, Row] = {
-    "full pass dense": {},
-    "full pass radial": {"method": "radial"},
-    "full pass pisa": {"method": "pisa"},
-    "full pass pooled": {"pool_keys": 2},
-    "native window": {"window": "native"},
-}
-
-
-# ------------------------------------------------------------------------------------- quality
 
 
 @dataclass
@@ -133,9 +117,9 @@ class QualityBench:
             if case not in (DRAWN, ENLARGED):
                 generate_all(self.pipe, [replace(requests[0], steps=1)], 1)  # kernels are compiled
             for start in range(0, len(requests), self.batch):
-                began = _now(self.device)
+                began = now(self.device)
                 found = self._clips(case, requests[start : start + self.batch], start)
-                spent += _now(self.device) - began
+                spent += now(self.device) - began
                 for frames, entry in zip(found, self.entries[start:], strict=False):
                     rows.append(self._read(frames, entry))
                     if len(tiles) < SHOWN:
@@ -244,180 +228,13 @@ def write_sheets(results: ResultFile, tiles: Path) -> None:
         print(f"wrote {path}")
 
 
-# ---------------------------------------------------------------------------------------- steps
-
-
-@dataclass
-class StepBench:
-    """Times the forwards that steps are made of. The model of the last task is kept."""
-
-    device: str
-    dtype: str
-    repeats: int
-
-    def __post_init__(self) -> None:
-        """Start without a model."""
-        self._kept: tuple[Any, Any] | None = None
-
-    @torch.no_grad()
-    def measure(self, task: Mapping[str, Any]) -> Row:
-        """Return seconds of a task's forwards, all layers of the model counted."""
-        model = step_model(task["size"])
-        pipe, inputs = self._pipeline(model, task)
-        _, layers = model.with_layers(task["layers"])
-        scale = model.layers / layers
-        row: Row = {"tokens": model.tokens(task["size"]), "layers_measured": layers}
-        try:
-            if task["case"] == DENSE:
-                times = self._times(pipe, inputs, [("cond", 0)] * (self.repeats + 1))
-                dense = statistics.median(times[1:] or times) * scale
-                return row | {"dense_s": dense, "dense_step_s": 2 * dense} | self._peak()
-            return row | self._freeswim(pipe, model, inputs, task, scale)
-        finally:
-            restore_pipeline(pipe)
-
-    def _freeswim(
-        self, pipe: Any, model: Architecture, inputs: Row, task: Mapping[str, Any], scale: float
-    ) -> Row:
-        toy, pixels = task["size"] == TOY, model.sizes[task["size"]]
-        options = dict(STEP[task["case"].split(",")[0]])
-        beside = options.pop("method", None)
-        options |= {"native_size": (64, 80) if toy else (480, 832)}
-        options |= {"offload": task["offload"], "refresh_every": 2}
-        if beside is None:
-            accelerate_pipeline(pipe, "freeswim", **options)
-        else:
-            all_sparse = {"dense_steps": 0, "dense_layers": 0, "min_tokens": 0}
-            all_sparse |= block_options(beside, 32 if toy else None)
-            accelerate_pipeline(pipe, ["freeswim", beside], freeswim=options, **all_sparse)
-        session = pipe._dit_accel.runtime.sessions[0]
-        given = {"num_frames": pixels["frames"], "prompt": ["one"]}
-        kept = kept_bytes(session, (pixels["height"], pixels["width"]), given)
-        rounds = 1 if task["layers"] is None else self.repeats + 1
-        calls = [(branch, step) for step in range(2 * rounds) for branch in ("cond", "uncond")]
-        with session.second_stage():
-            times = self._times(pipe, inputs, calls)
-        drop = 1 if rounds > 1 else 0  # the first round compiles kernels and makes plans
-        guide, reuse, window_s = (
-            statistics.median(part[drop:]) * scale
-            for part in (times[::4], times[2::4], times[1::2])
-        )
-        report = acceleration_report(pipe)
-        densities = {
-            branch: statistics.mean(c.block_density for c in report.calls if c.branch == branch)
-            for branch in sorted({call.branch for call in report.calls})
-        }
-        means = {
-            f"step_every_{n}_s": (guide + (n - 1) * reuse) / n + window_s for n in (1, 2, 3, 5, 10)
-        }
-        return {
-            "guide_s": guide,
-            "reuse_s": reuse,
-            "window_s": window_s,
-            **means,
-            "block_density": densities,
-            "operators": sorted({call.operator for call in report.calls}),
-            "kept_gib_all_layers": round(kept * scale / 2**30, 3),
-            **self._peak(),
-        }
-
-    def _times(self, pipe: Any, inputs: Row, calls: Sequence[tuple[str, int]]) -> list[float]:
-        """Run forwards of a branch and step each; return their seconds."""
-        transformer, found = pipe.transformer, []
-        free_memory()
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        for branch, step in calls:
-            with _named(transformer, branch, step):
-                began = _now(self.device)
-                output = transformer(**inputs)[0]
-                found.append(_now(self.device) - began)
-            if not bool(output.isfinite().all()):
-                raise ValueError("the output is not finite")
-            del output
-        return found
-
-    def _peak(self) -> Row:
-        if self.device != "cuda":
-            return {}
-        return {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3)}
-
-    def _pipeline(self, model: Architecture, task: Mapping[str, Any]) -> tuple[Any, Row]:
-        key = task["size"] == TOY, task["layers"]
-        dtype = getattr(torch, self.dtype)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = None
-            free_memory()
-            torch.manual_seed(0)
-            pipe = model.build(self.device, dtype, task["layers"])
-            pipe.scheduler.set_timesteps(50)
-            self._kept = key, pipe
-        return self._kept[1], model.inputs(task["size"], self.device, dtype)
-
-
-@contextmanager
-def _named(transformer: Any, branch: str, step: int) -> Iterator[None]:
-    """Tell an accelerated transformer which call this is; a plain one is not told the step."""
-    if "cache_context" in vars(transformer):
-        with transformer.cache_context(branch, step_index=step):
-            yield
-    else:
-        yield
-
-
-def step_model(size: str) -> Architecture:
-    """Return the measured model with the sizes of this benchmark, or its toy."""
-    model = load_architecture("wan2.1-1.3b")
-    return model.at(size) if size == TOY else replace(model, sizes=SIZES)
-
-
-def step_tasks(args: argparse.Namespace) -> Iterator[Row]:
-    """Yield the tasks of "step", the dense ones of a size first."""
-    for size in [TOY] if args.toy else args.sizes:
-        layers = 2 if args.toy else args.layers
-        yield {"size": size, "case": DENSE, "layers": layers, "offload": False}
-        for case in STEP:
-            yield {"size": size, "case": case, "layers": layers, "offload": False}
-        if not args.toy:
-            yield {"size": size, "case": "full pass dense", "layers": layers, "offload": True}
-    for size in [] if args.toy else args.whole:
-        for offload in (True, False):
-            case = "full pass dense, all layers"
-            yield {"size": size, "case": case, "layers": None, "offload": offload}
-
-
-def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """Return step rows with their speed-ups over the dense step of the same size."""
-    dense = {row["size"]: row["dense_step_s"] for row in rows if "dense_step_s" in row}
-    found = []
-    for row in rows:
-        ratios = {
-            name.replace("_s", "_speedup").replace("step_", ""): round(
-                dense[row["size"]] / value, 3
-            )
-            for name, value in row.items()
-            if name.startswith("step_every_") and row["size"] in dense
-        }
-        found.append({**row, **ratios})
-    return found
-
-
-# ----------------------------------------------------------------------------------------- both
-
-
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def _show(row: Row) -> None:
     hidden = ("prompts", "date", "commit", "notes", "trace")
     print(json.dumps({k: v for k, v in row.items() if k not in hidden}), flush=True)
 
 
-def run_quality(args: argparse.Namespace, about: Row, device: str) -> Callable[[], Row]:
-    """Measure what is missing; return what makes the summary."""
+def run_quality(args: argparse.Namespace, about: Row, device: str) -> Row:
+    """Measure what is missing; return a summary."""
     batch = args.batch or (1 if device == "cpu" else 8)
     changed = {name: getattr(args, name) for name in ("steps", "frames")}
     changed = {name: value for name, value in changed.items() if value is not None}
@@ -439,20 +256,17 @@ def run_quality(args: argparse.Namespace, about: Row, device: str) -> Callable[[
         run_tasks(bench, tasks, results, show=_show)
     write_sheets(results, tiles)
 
-    def summary() -> Row:
-        names = ("right", "right_interval", "sharpness", "seconds_per_clip", "failed")
-        return {
-            f"{row['scale']}x, {row['case']}, sigma {row['sigma']}": {
-                name: row[name] for name in names if name in row
-            }
-            for row in results.rows
+    names = ("right", "right_interval", "sharpness", "seconds_per_clip", "failed")
+    return {
+        f"{row['scale']}x, {row['case']}, sigma {row['sigma']}": {
+            name: row[name] for name in names if name in row
         }
+        for row in results.rows
+    }
 
-    return summary
 
-
-def run_step(args: argparse.Namespace, about: Row, device: str) -> Callable[[], Row]:
-    """Measure what is missing; return what makes the summary."""
+def run_step(args: argparse.Namespace, about: Row, device: str) -> Row:
+    """Measure what is missing; return a summary."""
     settings = {"dtype": args.dtype, "repeats": args.repeats}
     results = ResultFile("freeswim-step", about, settings, args.output, args.force)
     dtype = ("float32" if device == "cpu" else "bfloat16") if args.dtype == "auto" else args.dtype
@@ -461,7 +275,7 @@ def run_step(args: argparse.Namespace, about: Row, device: str) -> Callable[[], 
     if args.output is not None:
         write_json({**results.content, "rows": with_ratios(results.rows)}, args.output)
     hidden = ("prompts", "date", "commit", "operators")
-    return lambda: {
+    return {
         f"{row['size']}, {row['case']}, offload {row['offload']}": {
             k: v for k, v in row.items() if k not in hidden
         }
@@ -469,9 +283,18 @@ def run_step(args: argparse.Namespace, about: Row, device: str) -> Callable[[], 
     }
 
 
+def run_memory(args: argparse.Namespace, about: Row, device: str) -> Row:
+    """Measure what is missing; return a summary."""
+    dtype = "bfloat16" if args.dtype == "auto" else args.dtype
+    results = ResultFile("freeswim-memory", about, {"dtype": dtype}, args.output, args.force)
+    task = {"size": args.size, "limit_gib": args.limit_gib, "steps": 2}
+    run_tasks(MemoryBench(device, dtype), [task], results, show=_show)
+    return {"rows": results.rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("quality", "step"))
+    parser.add_argument("part", choices=("quality", "step", "memory"))
     parser.add_argument("--output", type=Path, help="a .json; without it nothing is kept")
     parser.add_argument("--commit", help="of this code; asked of git by default")
     parser.add_argument("--device", default="auto")
@@ -491,11 +314,14 @@ def main() -> None:
     step.add_argument("--layers", type=int, default=4, help="of 30, scaled to all")
     step.add_argument("--repeats", type=int, default=2)
     step.add_argument("--toy", action="store_true", help="a small model, to try this out")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--limit-gib", type=float, default=24, help="of the GPU's memory")
+    memory.add_argument("--size", default="1088p81", choices=SIZES)
     args = parser.parse_args()
     device = pick_device(args.device)
     about = manifest(args.commit)
-    run = run_quality if args.part == "quality" else run_step
-    print(json.dumps(run(args, about, device)(), indent=1))
+    run = {"quality": run_quality, "step": run_step, "memory": run_memory}[args.part]
+    print(json.dumps(run(args, about, device), indent=1))
 
 
 if __name__ == "__main__":
