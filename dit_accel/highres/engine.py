@@ -47,6 +47,7 @@ class _Pass:
         key: what its tensors are kept by.
         guided: whether a full pass runs beside it; else what was kept is used.
         keeps: whether later steps will use what the full pass reads.
+        in_full: whether the full pass runs just now, rather than the window pass.
         full: the full pass's tokens behind the last block.
         fresh: what the full pass read from the text in the block at hand.
     """
@@ -54,6 +55,7 @@ class _Pass:
     key: Key
     guided: bool
     keeps: bool
+    in_full: bool = False
     full: Streams | None = None
     fresh: dict[Name, Tensor] = field(default_factory=dict)
 
@@ -70,7 +72,6 @@ class FreeSwimSession(ResolutionSession):
         self.sizes: Sizes = sizes_of(method, pipe, seam.family)
         self.store = TensorStore(method.offload)
         self._second_stage = False
-        self._in_full_pass = False
         self._forward: Forward | None = None
         self._pass: _Pass | None = None
         self._guided_at: dict[Key, tuple[int, torch.Size]] = {}
@@ -122,25 +123,28 @@ class FreeSwimSession(ResolutionSession):
 
     def enter(self, forward: Forward) -> None:
         """See `Session.enter`."""
-        self._pass, self._forward = None, forward if self._second_stage else None
-        moment, method = forward.moment, self.method
-        branches = ("cond", "uncond") if method.branches == "both" else ("cond",)
-        if not self._second_stage or method.override == "none":
-            return
-        if moment.branch not in (*branches, "cond_uncond"):
-            return
-        self._refuse_compiled(forward.transformer)
+        self._pass = self._forward = None
+        if self._second_stage:
+            self._forward = forward
+            branches = ("cond", "uncond") if self.method.branches == "both" else ("cond",)
+            taking = forward.moment.branch in (*branches, "cond_uncond")
+            if taking and self.method.override != "none":
+                self._refuse_compiled(forward.transformer)
+                self._pass = self._plan_pass(forward)
+
+    def _plan_pass(self, forward: Forward) -> _Pass:
+        """Decide whether a full pass runs in this step."""
+        key, step, every = forward.key, forward.moment.step, self.method.refresh_every
         shape = forward.kwargs["hidden_states"].shape
-        step, key = moment.step, forward.key
-        if any(other[0] != key[0] for other in self._guided_at):
+        if any(transformer != key[0] for transformer, _ in self._guided_at):
             self.begin()  # another transformer took over; what was kept is of the one before
         last, of_shape = self._guided_at.get(key, (None, None))
-        recent = step is not None and last is not None and last < step < last + method.refresh_every
+        recent = step is not None and last is not None and last < step < last + every
         guided = not recent or of_shape != shape
         if guided and step is not None:
             self._guided_at[key] = step, shape
-        more = method.refresh_every > 1 and step is not None and step + 1 != moment.num_steps
-        self._pass = _Pass(key, guided, more)
+        more = step is not None and step + 1 != forward.moment.num_steps
+        return _Pass(key, guided, keeps=every > 1 and more)
 
     def leave(self, output: Any) -> None:
         """See `Session.leave`."""
@@ -169,12 +173,10 @@ class FreeSwimSession(ResolutionSession):
             return inner(*args, **kwargs)
         if now.guided:
             before = now.full or family.streams_in(args, kwargs)
-            self._in_full_pass = True
-            try:
-                full_args, full_kwargs = family.with_streams(args, kwargs, before)
-                now.full = family.streams_out(inner(*full_args, **full_kwargs))
-            finally:
-                self._in_full_pass = False
+            full_args, full_kwargs = family.with_streams(args, kwargs, before)
+            now.in_full = True
+            now.full = family.streams_out(inner(*full_args, **full_kwargs))
+            now.in_full = False
             if now.full.text is not None:
                 now.fresh[index, "text"] = now.full.text
         output = inner(*args, **kwargs)
@@ -191,7 +193,7 @@ class FreeSwimSession(ResolutionSession):
         if now is None:
             output: Tensor = inner(*args, **kwargs)
             return output
-        if not self._in_full_pass:
+        if not now.in_full:
             return self._taken((index, "cross"))
         now.fresh[index, "cross"] = output = inner(*args, **kwargs)
         return output
@@ -215,9 +217,9 @@ class FreeSwimSession(ResolutionSession):
         """See `ResolutionSession.attend`."""
         call, now = attention.call, self._pass
         joint = self.method.override == "joint" and call.layout.text_length > 0
-        if self._in_full_pass:
+        if now is not None and now.in_full:
             output = self._attend_fully(attention)
-            if joint and now is not None:
+            if joint:
                 self._read_text(attention, now)
             return output
         if now is None or not joint:

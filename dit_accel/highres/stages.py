@@ -70,6 +70,7 @@ def sizes_of(method: FreeSwim, pipe: Any, family: PipelineFamily) -> Sizes:
     return Sizes(trained, token)
 
 
+@torch.no_grad()
 def generate_in_stages(
     session: FreeSwimSession,
     call: Callable[..., Any],

@@ -158,9 +158,9 @@ def test_joint_attention_is_split_between_windows_and_the_text_of_the_full_pass(
         usual = lambda qkv, call, scale: qkv[0]  # noqa: E731
         return session.attend(SelfAttention((*qkv,), call, 0, None, RASTER, own, usual))
 
-    session._in_full_pass = True
+    session._pass.in_full = True
     attend(full)
-    session._in_full_pass = False
+    session._pass.in_full = False
     out = attend(windows)[:, 5:]
 
     scale = 8**-0.5

@@ -76,6 +76,15 @@ def test_the_pipeline_keeps_its_class_and_signature(tmp_path):
     assert type(other) is WanPipeline
 
 
+def test_no_graph_of_gradients_is_kept():
+    pipe, arguments = tiny()
+    seen: list[bool] = []
+    encode = pipe.vae.encode
+    pipe.vae.encode = lambda pixels: seen.append(torch.is_grad_enabled()) or encode(pixels)
+    run_tiny(pipe, arguments, **TARGET)
+    assert seen == [False]
+
+
 def test_two_pipelines_of_one_class_do_not_affect_each_other():
     pipe, arguments = tiny()
     other = TINY_PIPELINES["wan"][0]()
