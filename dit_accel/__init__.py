@@ -40,6 +40,7 @@ _PUBLIC = {
     "PAG": "dit_accel.guidance.pag",
     "SEG": "dit_accel.guidance.seg",
     "SkipLayerGuidance": "dit_accel.guidance.skip_layer",
+    "FreeSwim": "dit_accel.highres.freeswim",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from dit_accel.guidance.seg import SEG as SEG
     from dit_accel.guidance.skip_layer import SkipLayerGuidance as SkipLayerGuidance
     from dit_accel.guidance.softpag import SoftPAG as SoftPAG
+    from dit_accel.highres.freeswim import FreeSwim as FreeSwim
     from dit_accel.methods.dense import Dense as Dense
     from dit_accel.methods.gna import GNA as GNA
     from dit_accel.methods.pisa import PISA as PISA

@@ -6,7 +6,6 @@ what the tokens are. Everything is undone in reverse by `restore_pipeline`.
 
 from __future__ import annotations
 
-import inspect
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from dit_accel.errors import (
     ContextParallelError,
     OptionError,
     UnknownPipelineError,
-    did_you_mean,
 )
 from dit_accel.kinds import Method
 from dit_accel.methods.base import AttentionMethod, check_density
@@ -34,7 +32,14 @@ from dit_accel.registry import family_class, list_families, method_class
 from dit_accel.report import AccelerationReport, forward_seconds
 from dit_accel.runtime import Runtime, warn_switched_off
 from dit_accel.schedule import Schedule, Steps
-from dit_accel.session import AttentionSession, Session, SessionMethod, arguments_by_name
+from dit_accel.session import (
+    AttentionSession,
+    ResolutionSession,
+    Session,
+    SessionMethod,
+    arguments_by_name,
+    intercept_pipeline,
+)
 
 if TYPE_CHECKING:
     from dit_accel.calibration import Calibration
@@ -60,7 +65,7 @@ def accelerate_pipeline(
     probe: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> Any:
-    """Attach an attention method, a cache, a guidance to a diffusers pipeline. For inference.
+    """Attach an attention method, a cache, a guidance, a resolution method. For inference.
 
     Calling it again replaces what was attached; `restore_pipeline` undoes it exactly.
 
@@ -182,7 +187,7 @@ def _prepare(
             for name in ("dense_steps", "dense_layers", "min_tokens")
         )
     )
-    source, compiled = _source(chosen, variants), _compile_options(compiling)
+    source, compiled = _source(chosen, variants), compat.compile_options(compiling)
     calibration = _calibrate(pipe, chosen, wish, {**general, **options})
     if calibration is not None:
         methods = compose(chosen, {**options, calibration.method: calibration.options}, defaults)
@@ -226,7 +231,7 @@ class Acceleration:
     def attach(self) -> None:
         """Install the backend and the hooks; on failure leave the pipeline as it was."""
         try:
-            if self.runtime.method is not None:
+            if self.runtime.attends:
                 function, forget = _compilable(self._name, self.runtime)
                 self._undo.append(forget)
                 self._undo.append(compat.add_attention_backend(self._name, function))
@@ -235,6 +240,9 @@ class Acceleration:
                 if found is not None:
                     self._compile(found)
                     self._attach_transformer(_unwrap(found))
+            for session in self.runtime.sessions:
+                if isinstance(session, ResolutionSession):
+                    self._undo.append(intercept_pipeline(self.pipe, session.generate))
         except BaseException:
             self.restore()
             raise
@@ -286,7 +294,7 @@ class Acceleration:
         layers = runtime.family.attention_layers(transformer)
         runtime.recorder.layer_blocks = _blocks_of(layers, runtime.family.blocks(transformer))
         member = None
-        if runtime.method is not None:
+        if runtime.attends:
             self._undo += runtime.family.install_processors(transformer)
             member = compat.backend_member(self._name)
             for index, layer in enumerate(layers):
@@ -408,8 +416,11 @@ def _compilable(name: str, runtime: Runtime) -> tuple[Callable[..., Tensor], Und
 
 
 def _start_sessions(pipe: Any, runtime: Runtime, methods: Iterable[Method]) -> tuple[Session, ...]:
-    """Return the working states of the cache and the guidance among the methods."""
+    """Return the working states of the methods that have one."""
+    methods = list(methods)
     acting = [method for method in methods if isinstance(method, SessionMethod)]
+    for method in acting:
+        method.check_beside([other for other in methods if other is not method])
     sessions = tuple(method.session(pipe, runtime.seam) for method in acting)
     for method, session in zip(acting, sessions, strict=True):
         if runtime.method is None and session.needs_attention_method:
@@ -473,21 +484,6 @@ def _check_exact(method: AttentionMethod | None, precision: str | None) -> None:
             f"method {method.name!r} pools blocks, which are attended in the tensors' own dtype "
             f"alone: leave {precision=} out, or choose e.g. 'radial' or 'gna' without a remainder."
         )
-
-
-def _compile_options(compiling: bool | Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments for ``torch.compile``, or None not to compile."""
-    if isinstance(compiling, bool):
-        return {} if compiling else None
-    if not isinstance(compiling, Mapping):
-        raise OptionError(
-            f"compile={compiling!r} must be True, False or torch.compile's keyword arguments."
-        )
-    valid = [*inspect.signature(torch.compile).parameters][1:]
-    for name in compiling:
-        if name not in valid:
-            raise OptionError(f"torch.compile has no option {name!r}.{did_you_mean(name, valid)}")
-    return dict(compiling)
 
 
 def _unwrap(transformer: Any) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dit_accel.errors import OptionError
+from dit_accel.errors import OptionError, did_you_mean
 
 OWN_BACKENDS = "dit_accel_"
 """Prefix of the names under which accelerations register."""
@@ -124,6 +125,25 @@ def ulysses_attention(
         backward_op=None,
         _parallel_config=parallel_config,
     )
+
+
+def compile_options(compiling: bool | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments for ``torch.compile``, or None not to compile.
+
+    Raises:
+        OptionError: if it has no such argument.
+    """
+    if isinstance(compiling, bool):
+        return {} if compiling else None
+    if not isinstance(compiling, Mapping):
+        raise OptionError(
+            f"compile={compiling!r} must be True, False or torch.compile's keyword arguments."
+        )
+    valid = [*inspect.signature(torch.compile).parameters][1:]
+    for name in compiling:
+        if name not in valid:
+            raise OptionError(f"torch.compile has no option {name!r}.{did_you_mean(name, valid)}")
+    return dict(compiling)
 
 
 def compile_blocks(

@@ -70,6 +70,7 @@ def sparse_attention(
     resolved = resolve_method(method)
     if not isinstance(resolved, AttentionMethod):
         raise OptionError(f"{resolved.name!r} is a {resolved.kind}: give an attention method.")
+    scale = resolved.scaled(scale, query.shape[-1])
     order = resolved.token_order(layout.grid)
     gather, scatter = None, None
     if not order.is_raster:

@@ -20,6 +20,7 @@ from dit_accel.eval.fidelity import psnr
 from dit_accel.models import world_of
 from dit_accel.registry import method_class
 from dit_accel.report import AccelerationReport
+from dit_accel.sizes import check_size
 from dit_accel.world.worlds import unknown_words
 
 Progress = Callable[[str, int, int], None]
@@ -135,7 +136,8 @@ def pipeline_arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
     Raises:
         OptionError: if the pipeline has no such setting, or can't make that size.
     """
-    _check_size(pipe, request)
+    check_size(pipe, height=request.height, width=request.width)
+    _check_frames(pipe, request)
     settings = {
         "negative_prompt": request.negative_prompt,
         "num_inference_steps": request.steps,
@@ -313,23 +315,8 @@ def _warn_of_unknown_words(pipe: Any, request: GenerationRequest) -> None:
         )
 
 
-def _check_size(pipe: Any, request: GenerationRequest) -> None:
-    """Refuse sizes that a pipeline would fail on, or silently round."""
-    factor = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(
-        pipe, "vae_scale_factor", None
-    )
-    if factor is not None:
-        patch = getattr(pipe.transformer.config, "patch_size", 2)
-        # FLUX packs 2 x 2 latents into a token, though its patch size says 1.
-        factor *= max(2, patch if isinstance(patch, int) else patch[-1])
-        for name in ("height", "width"):
-            value = getattr(request, name)
-            if value is not None and value % factor:
-                near = max(factor, round(value / factor) * factor)
-                raise OptionError(
-                    f"{name}={value} is not a multiple of {factor}, as {type(pipe).__name__} "
-                    f"needs: take {near}."
-                )
+def _check_frames(pipe: Any, request: GenerationRequest) -> None:
+    """Refuse numbers of frames that a pipeline would fail on, or silently round."""
     period = getattr(pipe, "vae_scale_factor_temporal", None)
     if request.frames is not None and period and (request.frames - 1) % period:
         near = round((request.frames - 1) / period) * period + 1

@@ -165,6 +165,14 @@ PRESETS: Mapping[tuple[str, str], Preset] = MappingProxyType(
             dense_steps=0.0,
             dense_layers=4,
         ),
+        ("wan", "freeswim"): Preset(
+            "FreeSwim, released Wan2.1-1.3B script: flow shift 9 in the second stage",
+            {"flow_shift": 9.0},
+        ),
+        ("wan2.1-14b", "freeswim"): Preset(
+            "FreeSwim, released Wan2.1 script with the 14B model: trained for 720 x 1280",
+            {"native_size": (720, 1280), "flow_shift": 9.0},
+        ),
         ("sd3", "pisa"): Preset(
             "PISA paper, SD3.5 medium at 1024 x 1024: 70 % left out",
             {"density": 0.3},

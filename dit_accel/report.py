@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dit_accel.kinds import Method
 from dit_accel.plan import BlockSparsePlan, DensePlan, PastJointPlan
@@ -352,6 +354,15 @@ class AccelerationReport:
         if not extra:
             return [f"{len(self.perturbed)} unconditional passes perturbed, none added"]
         return [f"{extra} perturbed passes added, {self.perturbed_share:.0%} of the blocks in each"]
+
+
+def time_mark(like: Any) -> Any:
+    """Note the time: an event in the GPU's queue, or seconds."""
+    if isinstance(like, torch.cuda.Event) or (isinstance(like, Tensor) and like.is_cuda):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+    return time.perf_counter()
 
 
 def forward_seconds(forwards: list[tuple[int | None, Any, Any]]) -> dict[int | None, float]:

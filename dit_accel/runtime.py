@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,39 +13,27 @@ from torch import Tensor, nn
 
 from dit_accel.call import AttentionCall, TokenLayout, text_back, text_last
 from dit_accel.compat import dense_attention
-from dit_accel.errors import ContextParallelError
-from dit_accel.grid import RASTER, TokenOrder, check_tokens
+from dit_accel.errors import ContextParallelError, OptionError
+from dit_accel.grid import RASTER, TokenOrder
 from dit_accel.kernels.precision import check_device
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.methods.selecting import SelectingMethod
-from dit_accel.operators import choose_operator, make_operators
+from dit_accel.operators import AttentionOutput, Operator, choose_operator, make_operators
 from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
 from dit_accel.plan import AttentionPlan, BlockSparsePlan, DensePlan, JointPlan, PastJointPlan
-from dit_accel.report import CallRecord, Recorder
+from dit_accel.report import CallRecord, Recorder, time_mark
+from dit_accel.running import RunningForward
 from dit_accel.schedule import Schedule
-from dit_accel.session import AttentionSession, Forward, OutputSession, Seam, Session
+from dit_accel.session import (
+    AttentionSession,
+    Forward,
+    OutputSession,
+    ResolutionSession,
+    Seam,
+    SelfAttention,
+    Session,
+)
 from dit_accel.tracking import CallTracker, Moment
-
-
-@dataclass(frozen=True)
-class RunningForward:
-    """What the transformer call that is under way told its attention layers."""
-
-    layouts: tuple[TokenLayout, ...]
-    method: AttentionMethod  # with its options set for these tokens
-    moment: Moment
-    num_layers: int
-    mask_explained: bool
-    wanted: TokenOrder  # in which the method wants the video tokens
-    order: TokenOrder  # in which they are
-    dense_step: bool  # none of its layers is sparse
-    transformer: int  # its id
-    sample: int = 0  # of the batch, where samples run one by one
-
-    @property
-    def regime(self) -> tuple[TokenOrder, bool]:
-        """See `Forward.regime`."""
-        return self.order, self.dense_step
 
 
 class Runtime:
@@ -77,8 +64,15 @@ class Runtime:
         self._running: RunningForward | None = None
         self._methods: dict[TokenLayout, AttentionMethod] = {}
         self._plans: dict[Any, AttentionPlan] = {}
+        self._lists: dict[Any, BlockSparsePlan] = {}  # where an LSE is needed, dense ones too
         self._selections: dict[Any, tuple[int, Tensor]] = {}  # of the running generation, by step
         self._indices: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention runs through here: for a method, or for a resolution session's."""
+        resolution = any(isinstance(session, ResolutionSession) for session in self.sessions)
+        return self.method is not None or resolution
 
     # ------------------------------------------------------------------ one transformer call
 
@@ -93,25 +87,29 @@ class Runtime:
             for session in self.sessions:
                 session.begin()
         self.recorder.begin(moment.generation)
-        if self.method is not None:
+        self._forget_forward()  # an interrupt may have spared the one before its `leave`
+        if self.attends:
             kwargs = self._enter_attention(transformer, kwargs, moment, num_layers, parallel)
         self.seam.renew(transformer)
         regime = None if self._running is None else self._running.regime
         for session in self.sessions:
             session.enter(Forward(transformer, moment, kwargs, regime))
-        self._started = moment, _mark(kwargs["hidden_states"])
+        self._started = moment, time_mark(kwargs["hidden_states"])
         return kwargs
 
     def leave(self, output: Any) -> None:
         """End the forward, also after an exception (then ``output`` is None)."""
-        self._running = None
-        self.shuffle.gather = self.shuffle.scatter = None
+        self._forget_forward()
         started, self._started = self._started, None
         if started is not None:
             moment, begun = started
-            self.recorder.forwards.append((moment.step, begun, _mark(begun)))
+            self.recorder.forwards.append((moment.step, begun, time_mark(begun)))
             for session in self.sessions:
                 session.leave(output)
+
+    def _forget_forward(self) -> None:
+        self._running = None
+        self.shuffle.gather = self.shuffle.scatter = None
 
     def _enter_attention(
         self,
@@ -129,10 +127,17 @@ class Runtime:
                 "accelerate_pipeline can't follow that yet: restore_pipeline first, or run "
                 "without enable_parallelism."
             )
-        method = self._method_for(layout)
+        resolution, method = self._method_now(layout)
+        if method is None:
+            return kwargs
+        if resolution is not None and (parallel or not inputs.mask_explained):
+            raise OptionError(
+                "a resolution method can't follow context parallelism, nor a text mask with holes: "
+                "run without them, or leave the method out."
+            )
         wanted = method.token_order(layout.grid)
         call = AttentionCall(layout, step=moment.step, num_steps=moment.num_steps)
-        dense_step = self.schedule.dense_step_reason(call) is not None
+        dense_step = resolution is None and self.schedule.dense_step_reason(call) is not None
         order = RASTER
         if not dense_step:
             order = self._reorder(inputs, wanted, parallel, kwargs["hidden_states"].device)
@@ -146,8 +151,20 @@ class Runtime:
             order,
             dense_step,
             id(transformer),
+            resolution,
         )
         return inputs.kwargs
+
+    def _method_now(
+        self, layout: TokenLayout
+    ) -> tuple[ResolutionSession | None, AttentionMethod | None]:
+        """Return a resolution session that has a method of its own now, and the method to run."""
+        for session in self.sessions:
+            if isinstance(session, ResolutionSession):
+                own = session.method_at(layout)
+                if own is not None:
+                    return session, own
+        return None, None if self.method is None else self._method_for(layout)
 
     def _reorder(
         self,
@@ -205,12 +222,12 @@ class Runtime:
         if running is None or query.shape[1] != key.shape[1]:
             return self._dense(query, key, value, mask, scale)
         index = 0 if layer is None else int(layer)
-        layouts = tuple(_with_rows(query.shape[1], layout, running) for layout in running.layouts)
+        layouts = tuple(running.layout_of(query.shape[1], layout) for layout in running.layouts)
         moment = running.moment
         call = AttentionCall(
             layouts[0], index, running.num_layers, moment.step, moment.num_steps, moment.branch
         )
-        reason = self.schedule.dense_reason(call)
+        reason = None if running.resolution else self.schedule.dense_reason(call)
         if not running.mask_explained:
             reason = reason or "the model masks text in the middle"
             return self._dense(query, key, value, mask, scale, call, reason)
@@ -248,14 +265,75 @@ class Runtime:
         reason: str | None,
         running: RunningForward,
     ) -> Tensor:
+        if running.resolution is not None:
+            return self._resolved(running.resolution, (query, key, value), scale, call, running)
         if reason is not None:
             return self._dense(query, key, value, None, scale, call, reason)
         if running.order == running.wanted:
             return self._planned(query, key, value, scale, call, running)
-        # The forward could not be reordered as a whole: do it around this one call.
-        gather, scatter = self._call_indices(call.layout, running.wanted, query.device)
+        # The forward is in another order: go over into the method's around this one call.
+        gather, scatter = self._call_indices(call.layout, running, query.device)
         q, k, v = (x.index_select(1, gather) for x in (query, key, value))
         return self._planned(q, k, v, scale, call, running).index_select(1, scatter)
+
+    def _resolved(
+        self,
+        session: ResolutionSession,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        scale: float | None,
+        call: AttentionCall,
+        running: RunningForward,
+    ) -> Tensor:
+        """Let a resolution session attend, by its own method or by the acceleration's."""
+
+        def own(
+            qkv: tuple[Tensor, Tensor, Tensor],
+            layout: TokenLayout,
+            scale: float | None,
+            with_lse: bool,
+        ) -> tuple[Tensor, Tensor | None]:
+            return self._own(qkv, scale, replace(call, layout=layout), running, with_lse)
+
+        def usual(
+            qkv: tuple[Tensor, Tensor, Tensor], call: AttentionCall, scale: float | None
+        ) -> Tensor:
+            if self.method is None:
+                return self._dense(*qkv, None, scale, call, "no attention method is chosen")
+            method, reason = self._method_for(call.layout), self.schedule.dense_reason(call)
+            as_usual = replace(
+                running, method=method, wanted=method.token_order(call.layout.grid), resolution=None
+            )
+            return self._sample(*qkv, scale, call, reason, as_usual)
+
+        attention = SelfAttention(qkv, call, running.sample, scale, running.order, own, usual)
+        return session.attend(attention)
+
+    def _own(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        scale: float | None,
+        call: AttentionCall,
+        running: RunningForward,
+        with_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run a call by the method that a resolution session has for this forward."""
+        scatter = None
+        if running.order != running.wanted:
+            gather, scatter = self._call_indices(call.layout, running, qkv[0].device)
+            q, k, v = (x.index_select(1, gather) for x in qkv)
+            qkv = q, k, v
+        if with_lse and isinstance(running.method, StaticMethod):
+            where = (running.method, call.layout, running.wanted, qkv[0].device)
+            if where not in self._lists:
+                self._lists[where] = running.method.plan_block_sparse(*where[1:])
+            scale = running.method.scaled(scale, qkv[0].shape[-1])
+            out, lse = self._operate(qkv, scale, call, self._lists[where], with_lse=True)
+        else:
+            out, lse = self._planned(*qkv, scale, call, running), None
+        if scatter is not None:
+            out = out.index_select(1, scatter)
+            lse = None if lse is None else lse.index_select(2, scatter)
+        return out, lse
 
     def _planned(
         self,
@@ -277,8 +355,31 @@ class Runtime:
             last = replace(call, layout=replace(layout, text_first=False))
             return text_back(self._planned(q, k, v, scale, last, running), layout, dim=1)
         plan = self._plan(query, key, value, call, running)
+        scale = running.method.scaled(scale, query.shape[-1])
         if isinstance(plan, DensePlan):
             return self._dense(query, key, value, None, scale, call, plan.reason)
+        qkv = query, key, value
+        for session in self.sessions:
+            if isinstance(session, AttentionSession):
+                run = partial(self._operator(plan, query, call).run, scale=scale, return_lse=True)
+                return session.attend(qkv, call, running.sample, plan, run)
+        return self._operate(qkv, scale, call, plan)[0]
+
+    def _operate(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        scale: float | None,
+        call: AttentionCall,
+        plan: BlockSparsePlan | JointPlan,
+        with_lse: bool = False,
+    ) -> AttentionOutput:
+        operator = self._operator(plan, qkv[0], call)
+        return operator.run(*qkv, plan, scale=scale, return_lse=with_lse)
+
+    def _operator(
+        self, plan: BlockSparsePlan | JointPlan, query: Tensor, call: AttentionCall
+    ) -> Operator:
+        """Choose who runs a plan, and record it."""
         choice = choose_operator(self.backend, self._operators, plan, query)
         self.recorder.rejected.update(choice.rejected)
         precision = self.precision or _dtype_name(query)
@@ -286,12 +387,7 @@ class Runtime:
         tuning = choice.operator.tuning(query.device)
         if tuning is not None and self.precision is None and isinstance(plan, BlockSparsePlan):
             self.recorder.tuning[choice.operator.name] = tuning.source
-        run = partial(choice.operator.run, scale=scale)
-        for session in self.sessions:
-            if isinstance(session, AttentionSession):
-                with_lse = partial(run, return_lse=True)
-                return session.attend((query, key, value), call, running.sample, plan, with_lse)
-        return run(query, key, value, plan, return_lse=False)[0]
+        return choice.operator
 
     def _plan(
         self,
@@ -302,9 +398,9 @@ class Runtime:
         running: RunningForward,
     ) -> AttentionPlan:
         method, order = running.method, running.wanted
-        if self.density == 1:
+        if self.density == 1 and running.resolution is None:
             return DensePlan("density=1", order)
-        if not isinstance(method, StaticMethod):
+        if not isinstance(method, StaticMethod) and running.resolution is None:
             # Some layers see the video alone, and samples have texts of different lengths.
             method = self._method_for(call.layout)
         if isinstance(method, SelectingMethod) and method.refresh_every > 1:
@@ -363,11 +459,17 @@ class Runtime:
         )
 
     def _call_indices(
-        self, layout: TokenLayout, order: TokenOrder, device: torch.device
+        self, layout: TokenLayout, running: RunningForward, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        key = (layout, order, device)
+        """Return how to go from the order of the forward into the one its method wants, and back.
+
+        Text stays where it is.
+        """
+        key = (layout, running.order, running.wanted, device)
         if key not in self._indices:
-            video = order.permutation(layout.grid, device)
+            video = running.wanted.permutation(layout.grid, device)
+            if not running.order.is_raster:
+                video = running.order.permutation(layout.grid, device).argsort()[video]
             text = torch.arange(layout.text_length, device=device)
             gather = (
                 torch.cat([text, video + layout.text_length])
@@ -391,23 +493,5 @@ def warn_switched_off(runtime: Runtime, off: int, total: int) -> None:
         warnings.warn(text, stacklevel=2)
 
 
-def _with_rows(rows: int, layout: TokenLayout, running: RunningForward) -> TokenLayout:
-    """Return ``layout``, without its text where the layer sees the video alone."""
-    if rows == layout.video_length and layout.text_length:
-        return replace(layout, text_length=0)
-    if len(running.layouts) == 1:
-        check_tokens(rows, layout.grid, layout.text_length)
-    return layout
-
-
 def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _mark(like: Any) -> Any:
-    """Note the time: an event in the GPU's queue, or seconds."""
-    if isinstance(like, torch.cuda.Event) or (isinstance(like, Tensor) and like.is_cuda):
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-    return time.perf_counter()

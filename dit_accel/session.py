@@ -1,4 +1,4 @@
-"""The seam between an acceleration and its cache or guidance.
+"""The seam between an acceleration and its cache, guidance or resolution method.
 
 Who runs a block: the transformer calls its blocks as ever; an `Interception` stands in front of
 those that a session names, and the session decides what runs. Nothing of the block changes: its
@@ -14,18 +14,21 @@ that broke off.
 from __future__ import annotations
 
 import inspect
+import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor, nn
 
-from dit_accel.call import AttentionCall
+from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.errors import OptionError
+from dit_accel.grid import TokenOrder
 from dit_accel.kinds import Method
-from dit_accel.pipelines.base import PipelineFamily
+from dit_accel.methods.base import AttentionMethod
+from dit_accel.pipelines.base import PipelineFamily, Undo
 from dit_accel.plan import AttentionPlan
 from dit_accel.report import Recorder
 from dit_accel.tracking import CallTracker, Moment
@@ -64,7 +67,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class SessionMethod(Method):
-    """A method that acts through a session: a cache, or a guidance."""
+    """A method that acts through a session: a cache, a guidance, a resolution method."""
 
     @abstractmethod
     def session(self, pipe: Any, seam: Seam) -> Session:
@@ -74,9 +77,13 @@ class SessionMethod(Method):
             OptionError: if the method can do nothing on this pipeline.
         """
 
+    def check_beside(self, others: Sequence[Method]) -> None:
+        """Raise `OptionError` if the method can't run together with these."""
+        return None
+
 
 class Session(ABC):
-    """The working state of one cache or guidance in one acceleration; it dies with that."""
+    """The working state of one such method in one acceleration; it dies with that."""
 
     @abstractmethod
     def attach(self, transformer: nn.Module) -> None:
@@ -143,6 +150,46 @@ class OutputSession(Session):
             scale: of the logits; None for ``D ** -0.5``.
             output: of the attention, sparse or dense.
         """
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """One self-attention call of a `ResolutionSession`'s own forward, of one layout.
+
+    Attributes:
+        qkv: query, key and value ``[B, N, H, D]``, normed and rotated.
+        call: which call this is.
+        sample: of the batch, where samples run one by one.
+        scale: of the logits; None for ``D ** -0.5``.
+        order: of the video tokens in ``qkv``.
+        own: ``own(qkv, layout, scale, with_lse) -> (output, LSE [B, H, N] or None)``: attend by
+            the session's method.
+        usual: ``usual(qkv, call, scale) -> output``: attend as without the session.
+    """
+
+    qkv: tuple[Tensor, Tensor, Tensor]
+    call: AttentionCall
+    sample: int
+    scale: float | None
+    order: TokenOrder
+    own: Callable[..., tuple[Tensor, Tensor | None]]
+    usual: Callable[..., Tensor]
+
+
+class ResolutionSession(Session):
+    """A session that makes several generations of one, some with self-attention of its own."""
+
+    @abstractmethod
+    def generate(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        """Run in place of the pipeline's ``call(*args, **kwargs)``."""
+
+    @abstractmethod
+    def method_at(self, layout: TokenLayout) -> AttentionMethod | None:
+        """Return the method of the forward about to run; None for the acceleration's own."""
+
+    @abstractmethod
+    def attend(self, attention: SelfAttention) -> Tensor:
+        """Return the output ``[B, N, H, D]`` of a call in such a forward."""
 
 
 class Seam:
@@ -219,6 +266,37 @@ class Interception:
             del self.module.__dict__[_SLOT]
         else:
             self.module.__dict__[_SLOT] = self.inner
+
+
+def intercept_pipeline(pipe: Any, run: Run) -> Undo:
+    """Let ``run(call, *args, **kwargs)`` stand in front of a pipeline's calls; return the undo.
+
+    Python looks ``__call__`` up in the class, so the object gets a class of its own, with the same
+    names, which are what ``save_pretrained`` writes.
+    """
+    cls = type(pipe)
+    stock = cls.__call__
+
+    @wraps(stock)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not pipe:  # a copy of it, which nobody accelerated
+            return stock(self, *args, **kwargs)
+        return run(partial(stock, self), *args, **kwargs)
+
+    own_names = {
+        "__call__": call,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    own = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(own_names))
+    object.__setattr__(pipe, "__class__", own)
+
+    def undo() -> None:
+        if type(pipe) is own:
+            object.__setattr__(pipe, "__class__", cls)
+
+    return undo
 
 
 def is_compiled(module: nn.Module) -> bool:

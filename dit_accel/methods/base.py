@@ -44,6 +44,17 @@ class AttentionMethod(Method):
         """Whether plans hold pooled blocks or stand-ins, beside tokens attended exactly."""
         return False
 
+    @property
+    def softmax_gain(self) -> float:
+        """Factor on the logits, beside the usual scale, of every call that it plans."""
+        return 1.0
+
+    def scaled(self, scale: float | None, head_size: int) -> float | None:
+        """Return the scale of the logits with `softmax_gain` in it; None for the usual one."""
+        if self.softmax_gain == 1:
+            return scale
+        return self.softmax_gain * (head_size**-0.5 if scale is None else scale)
+
     @abstractmethod
     def plan(
         self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, order: TokenOrder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -28,16 +29,22 @@ class SlidingWindow(StaticMethod):
         window: (h, w), or one value for both: an int counts tokens and must fit the axis, a float
             in (0, 1] is a share of it. FreeSwim takes the grid the model was trained on: 31 x 53
             for 480 x 832 pixels, 45 x 81 for 720 x 1280.
+        gain: factor on the logits, for sequences longer than in training; 1.0 changes nothing,
+            and FreeSwim's is `dit_accel.highres.reference.length_gain`.
     """
 
     name: ClassVar[str] = "sliding_window"
     paper: ClassVar[str] = "FreeSwim, arXiv 2511.14712"
 
     window: Window | tuple[Window, Window] = 0.5
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the window."""
+        """Check the window and the gain."""
         super().__post_init__()
+        number = isinstance(self.gain, int | float) and not isinstance(self.gain, bool)
+        if not number or not 0 < self.gain < math.inf:
+            raise OptionError(f"gain={self.gain!r} must be a finite number above 0.")
         if isinstance(self.window, list):
             object.__setattr__(self, "window", tuple(self.window))
         windows = self.window if isinstance(self.window, tuple) else (self.window,) * 2
@@ -46,8 +53,13 @@ class SlidingWindow(StaticMethod):
         for window in windows:
             check_window(window)
 
+    @property
+    def softmax_gain(self) -> float:
+        """See `AttentionMethod.softmax_gain`."""
+        return self.gain
+
     def as_gna(self) -> GNA:
-        """Return the same pattern as `GNA`."""
+        """Return the same pattern as `GNA`, which has no gain."""
         h, w = self.window if isinstance(self.window, tuple) else (self.window,) * 2
         return GNA((1.0, h, w), block_size=self.block_size, remainder=self.remainder)
 

@@ -93,10 +93,15 @@ def generation_defaults(model: str) -> GenerationDefaults:
     return _read_defaults(Path(locate_model(model)))
 
 
+def defaults_of(pipe: Any) -> GenerationDefaults:
+    """Return the settings that the folder of a loaded pipeline recommends."""
+    folder = pipe.config.get("_name_or_path")
+    return _read_defaults(Path(folder)) if folder else GenerationDefaults()
+
+
 def world_of(pipe: Any) -> str | None:
     """Return the drawn world that a loaded pipeline was trained on, if it is a model of one."""
-    folder = pipe.config.get("_name_or_path")
-    return _read_defaults(Path(folder)).world if folder else None
+    return defaults_of(pipe).world
 
 
 def _read_defaults(folder: Path) -> GenerationDefaults:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dit_accel.call import TokenLayout
+from dit_accel.errors import UnknownPipelineError
 
 Undo = Callable[[], None]
 
@@ -92,6 +93,8 @@ class PipelineFamily(ABC):
     """The streams that a block returns, in its order. All blocks take video first, then text."""
     text_first: ClassVar[bool] = False
     """Whether text comes first where both streams are one sequence."""
+    text_pipelines: ClassVar[tuple[str, ...]] = ()
+    """Class names of the pipelines that need nothing but text, for which `encode` is."""
 
     def variants(self, pipe: Any) -> tuple[str, ...]:
         """Return the names under which published settings are looked up, most specific first."""
@@ -121,6 +124,34 @@ class PipelineFamily(ABC):
         """Return streams in the form of a block's output."""
         found = tuple(getattr(streams, name) for name in self.block_output)
         return found[0] if len(found) == 1 else found
+
+    def with_streams(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], streams: Streams
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what a block is called with, ``streams`` in place of its own."""
+        positional, named = list(args), dict(kwargs)
+        both = (("hidden_states", streams.video), ("encoder_hidden_states", streams.text))
+        for position, (name, tokens) in enumerate(both):
+            if tokens is None:
+                continue
+            if position < len(positional):
+                positional[position] = tokens
+            else:
+                named[name] = tokens
+        return tuple(positional), named
+
+    def encode(self, pipe: Any, frames: Tensor) -> Tensor:
+        """Return frames as the latents that one of `text_pipelines` takes as its argument.
+
+        Args:
+            pipe: the pipeline.
+            frames: ``[B, T, 3, H, W]`` in [0, 1], on the VAE's device and of its dtype; T = 1 for
+                images.
+
+        Returns:
+            Latents in the pipeline's own shape, scaled as its transformer sees them, float32.
+        """
+        raise UnknownPipelineError(f"family {self.name!r} can't turn frames into latents.")
 
     @abstractmethod
     def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -160,6 +191,18 @@ class PipelineFamily(ABC):
 def _select(tokens: Tensor, dim: int, index: Tensor | None) -> Tensor:
     # Offloading may run parts of a model on another device than its inputs came on.
     return tokens if index is None else tokens.index_select(dim, index.to(tokens.device))
+
+
+def encoded_video(vae: Any, frames: Tensor) -> Tensor:
+    """Return the latents ``[B, C, T, H, W]`` of frames ``[B, T, 3, H, W]`` in [0, 1], unscaled."""
+    mode: Tensor = vae.encode(frames.transpose(1, 2) * 2 - 1).latent_dist.mode()
+    return mode.float()
+
+
+def encoded_image(vae: Any, frames: Tensor) -> Tensor:
+    """Return the scaled latents ``[B, C, H, W]`` of images ``[B, 1, 3, H, W]`` in [0, 1]."""
+    mode: Tensor = vae.encode(frames.squeeze(1) * 2 - 1).latent_dist.mode()
+    return (mode.float() - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def hook_output(module: nn.Module, change: Callable[[Any], Any]) -> Undo:

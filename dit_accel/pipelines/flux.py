@@ -22,6 +22,7 @@ from dit_accel.pipelines.base import (
     PipelineFamily,
     TokenShuffle,
     Undo,
+    encoded_image,
     hook_output,
 )
 
@@ -35,6 +36,7 @@ class Flux(PipelineFamily):
     pipelines: ClassVar[str] = "FluxPipeline (dev, schnell), FluxKontextPipeline, FluxFillPipeline"
     block_output: ClassVar[tuple[str, ...]] = ("text", "video")
     text_first: ClassVar[bool] = True
+    text_pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
 
     grids: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Grid by position-id tensor: read from the device once per generation, not per step."""
@@ -52,6 +54,12 @@ class Flux(PipelineFamily):
     def blocks(self, transformer: Any) -> list[nn.Module]:
         """Return the dual-stream blocks, then the single-stream blocks."""
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def encode(self, pipe: Any, frames: Tensor) -> Tensor:
+        """Pack 2 x 2 latents into a token; see `PipelineFamily.encode`."""
+        latents = encoded_image(pipe.vae, frames)
+        cells = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, H, 2, W, 2]
+        return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run the block's adaptive norm."""

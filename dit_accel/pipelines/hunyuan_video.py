@@ -19,6 +19,7 @@ from dit_accel.pipelines.base import (
     PipelineFamily,
     TokenShuffle,
     Undo,
+    encoded_video,
     hook_output,
 )
 
@@ -30,6 +31,7 @@ class HunyuanVideo(PipelineFamily):
     name: ClassVar[str] = "hunyuan_video"
     transformer_classes: ClassVar[tuple[str, ...]] = ("HunyuanVideoTransformer3DModel",)
     pipelines: ClassVar[str] = "HunyuanVideoPipeline, HunyuanVideoImageToVideoPipeline"
+    text_pipelines: ClassVar[tuple[str, ...]] = ("HunyuanVideoPipeline",)
 
     text_lengths: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Valid text lengths by mask tensor: read from the device once per prompt, not per step."""
@@ -47,6 +49,10 @@ class HunyuanVideo(PipelineFamily):
     def blocks(self, transformer: Any) -> list[nn.Module]:
         """Return the dual-stream blocks, then the single-stream blocks."""
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def encode(self, pipe: Any, frames: Tensor) -> Tensor:
+        """Scale the VAE's latents; see `PipelineFamily.encode`."""
+        return encoded_video(pipe.vae, frames) * pipe.vae.config.scaling_factor
 
     def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run the block's adaptive norm; the first frame may have its own modulation."""

@@ -20,6 +20,7 @@ from dit_accel.pipelines.base import (
     PipelineFamily,
     TokenShuffle,
     Undo,
+    encoded_image,
     hook_output,
 )
 
@@ -33,6 +34,7 @@ class StableDiffusion3(PipelineFamily):
     pipelines: ClassVar[str] = "StableDiffusion3Pipeline (3, 3.5) and its img2img and inpaint forms"
     repeated_blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     block_output: ClassVar[tuple[str, ...]] = ("text", "video")
+    text_pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
 
     def attention_layers(self, transformer: Any) -> list[Any]:
         """Return each block's joint attention, followed by its image-only one where it has one."""
@@ -46,6 +48,10 @@ class StableDiffusion3(PipelineFamily):
     def blocks(self, transformer: Any) -> list[nn.Module]:
         """Return the joint blocks; the last one returns no text."""
         return list(transformer.transformer_blocks)
+
+    def encode(self, pipe: Any, frames: Tensor) -> Tensor:
+        """Shift and scale the VAE's latents; see `PipelineFamily.encode`."""
+        return encoded_image(pipe.vae, frames)
 
     def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run the block's adaptive norm."""

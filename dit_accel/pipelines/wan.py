@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from dit_accel.call import TokenLayout
@@ -17,6 +18,7 @@ from dit_accel.pipelines.base import (
     PipelineFamily,
     TokenShuffle,
     Undo,
+    encoded_video,
     hook_output,
 )
 
@@ -33,6 +35,7 @@ class Wan(PipelineFamily):
     pipelines: ClassVar[str] = "WanPipeline, WanImageToVideoPipeline, WanVACEPipeline (2.1, 2.2)"
     components: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
     block_output: ClassVar[tuple[str, ...]] = ("video",)
+    text_pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
 
     def variants(self, pipe: Any) -> tuple[str, ...]:
         """Return names such as "wan2.1-14b-i2v", "wan2.1-14b" and "wan"; 2.2 has its own."""
@@ -59,6 +62,15 @@ class Wan(PipelineFamily):
     def blocks(self, transformer: Any) -> list[nn.Module]:
         """Return the main blocks; VACE's control blocks are no part of the residual stack."""
         return list(transformer.blocks)
+
+    def encode(self, pipe: Any, frames: Tensor) -> Tensor:
+        """Normalise the VAE's latents channel by channel; see `PipelineFamily.encode`."""
+        latents = encoded_video(pipe.vae, frames)
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+            for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+        )
+        return (latents - mean) / std
 
     def modulated(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Shift and scale the normed tokens by the block's table and the time projection."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_accel.world.clips import Scene
 from dit_accel.world.reading import (
+    count_parts,
     find_colours,
     find_pattern,
     find_shape,
@@ -27,6 +28,7 @@ from dit_accel.world.vocabulary import COLOURS, DIRECTIONS
 FRAMES = 17  # looked at, spread over the clip
 OUTLINE_CHANGE = 0.13  # least change of outline that counts as spinning, as a share of the area
 TEXTURE_POWER = 0.01  # least variance of the second tone's share that counts as texture
+STRANGER = 6e-3  # least share of the picture that counts as a thing nobody asked for
 TEXTURE_LIKENESS = 0.6  # correlation of texture under which it counts as turned
 
 
@@ -142,11 +144,17 @@ def read_thing(
     return {"shape": find_shape(seen[clear, 0], masks), "motion": motion}
 
 
-def read_clip(clip: Tensor, things: int, masks: Tensor) -> dict:
-    """What a clip [T, H, W, 3] in [0, 1] with `things` things shows, by `shape_masks`."""
+def sampled(clip: Tensor) -> Tensor:
+    """`FRAMES` frames of a clip [T, H, W, 3], at about 128 pixels a side."""
     clip = clip[torch.linspace(0, len(clip) - 1, FRAMES).round().long()].float()
     if (factor := clip.shape[1] // 128) > 1:
         clip = F.avg_pool2d(clip.permute(0, 3, 1, 2), factor).permute(0, 2, 3, 1)
+    return clip
+
+
+def read_clip(clip: Tensor, things: int, masks: Tensor) -> dict:
+    """What a clip [T, H, W, 3] in [0, 1] with `things` things shows, by `shape_masks`."""
+    clip = sampled(clip)
     background, colours = find_colours(clip[::2], things)
     found = thing_masks(clip, background, colours)
     free = F.max_pool2d(found.any(0).float()[:, None], 7, 1, 3)[:, 0] < 0.5
@@ -175,3 +183,24 @@ def score_clip(clip: Tensor, scene: Scene, masks: Tensor) -> dict[str, Any]:
     if scene.camera != "still":
         marks["camera"].append(seen["camera"] == scene.camera)
     return {**marks, "seen": seen}
+
+
+def find_repeats(clip: Tensor, scene: Scene) -> dict[str, list[bool]]:
+    """Whether a clip [T, H, W, 3] in [0, 1] shows each thing of `scene` once, and nothing else.
+
+    "once" per thing: it is in one piece in most of the frames that show it. "alone": no other
+    colour of things takes as much room as a small thing does. What is drawn in front of a thing
+    may divide it, so few frames in two pieces don't count.
+    """
+    clip = sampled(clip)
+    own = [thing.colour for thing in scene.things]
+    masks = thing_masks(clip, scene.background, list(COLOURS))
+    found = dict(zip(COLOURS, masks, strict=True))
+    once = []
+    for colour in own:
+        parts = count_parts(found[colour])
+        shown = parts[parts > 0]
+        visible = float(found[colour].float().mean()) > 2e-3
+        once.append(visible and float(shown.float().quantile(0.4)) == 1)
+    others = [float(mask.float().mean()) for colour, mask in found.items() if colour not in own]
+    return {"once": once, "alone": [max(others) < STRANGER]}

@@ -145,3 +145,23 @@ def find_shape(mask_views: Tensor, masks: Tensor) -> str:
     either = torch.maximum(seen, masks).sum((-1, -2))
     overlap = (both / either).amax(2)  # [T, shape]
     return SHAPES[int(overlap.mean(0).argmax())]
+
+
+def count_parts(masks: Tensor, least: float = 0.2) -> Tensor:
+    """Count the parts of masks [T, H, W] that hang together: int64 [T].
+
+    Only parts of at least ``least`` times the largest one's area count.
+    """
+    _, height, width = masks.shape
+    names = torch.arange(1, height * width + 1, device=masks.device).view(height, width)
+    labels = (names * masks).float()
+    while True:  # each part takes the largest name in it
+        spread = F.max_pool2d(labels[:, None], 3, 1, 1)[:, 0] * masks
+        if torch.equal(spread, labels):
+            break
+        labels = spread
+    counts = []
+    for frame in labels.long():
+        _, sizes = frame[frame > 0].unique(return_counts=True)
+        counts.append(int((sizes >= least * sizes.max()).sum()) if len(sizes) else 0)
+    return torch.tensor(counts, device=masks.device)

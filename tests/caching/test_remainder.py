@@ -8,9 +8,10 @@ from cache_subjects import Subject
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel import GNA, accelerate_pipeline, acceleration_report, restore_pipeline
-from dit_accel.caching.remainder import complement, merge
+from dit_accel.caching.remainder import complement
 from dit_accel.call import TokenLayout
 from dit_accel.errors import OptionError
+from dit_accel.kernels.merge import merge
 from dit_accel.operators import choose_operator, make_operators
 
 SPARSE = {"window": (0.5, 0.4, 0.4), "block_size": 16, "dense_steps": 2, "min_tokens": 0}

@@ -85,6 +85,18 @@ def test_image_model_writes_a_picture(dit_accel, image_model, tmp_path):
     assert Image.open(tmp_path / "out.png").size == (272, 240)
 
 
+def test_larger_than_the_model_was_trained_for(dit_accel, video_model, tmp_path):
+    ran = dit_accel(
+        *("generate", "x", "--model", video_model, "-o", "out.mp4", "--method", "freeswim"),
+        *("--height", "144", "--width", "192", "--set", "window=native", "--json"),
+    )
+    assert ran.code == 0, ran.err
+    assert imageio.imread(tmp_path / "out.mp4").shape == (9, 144, 192, 3)
+    report = json.loads(ran.out)["acceleration"]
+    assert report["options"]["freeswim"]["window"] == "native"
+    assert report["cache"]["attention_reused"] > 0
+
+
 def test_a_seed_gives_the_same_video_again(dit_accel, video_model, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         dit_accel("generate", "x", "--model", video_model, "-o", f"{name}.mp4", "--seed", seed)
@@ -111,6 +123,12 @@ def test_a_seed_gives_the_same_video_again(dit_accel, video_model, tmp_path):
         pytest.param(["--steps", "0"], "steps=0 must be at least 1", id="steps"),
         pytest.param(["--height", "-16"], "height=-16", id="height"),
         pytest.param(["--height", "100"], "is not a multiple of 16", id="patch size"),
+        pytest.param(
+            ["--method", "freeswim", "--height", "150"], "take 144", id="larger: patch size"
+        ),
+        pytest.param(
+            ["--method", "freeswim", "--set", "sigma=2"], "sigma=2.0 must be", id="noise level"
+        ),
         pytest.param(["--frames", "8"], "take 9", id="frames"),
         pytest.param(["--seed", "-1"], "seed=-1", id="seed"),
         pytest.param(["--device", "cuda:99"], "no device 'cuda:99' here", id="device"),
@@ -141,12 +159,21 @@ def test_refused_before_loading(dit_accel, video_model, tmp_path, arguments, mes
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [pytest.param(["--set", "window=50"], "50", id="window over the axis")],
+    [
+        pytest.param(
+            ["--method", "gna", *SOON, "--set", "window=50"], "50", id="window over the axis"
+        ),
+        pytest.param(
+            ["--method", "freeswim", "--height", "96", "--width", "128"],
+            "smaller than the trained size 112 x 144",
+            id="under the trained size",
+        ),
+    ],
 )
 def test_refused_once_loaded(dit_accel, video_model, tmp_path, arguments, message):
     ran = dit_accel(
-        *("generate", "x", "--model", video_model, "--output", "out.mp4", "--method", "gna"),
-        *(*SOON, "--compare", *arguments),
+        *("generate", "x", "--model", video_model, "--output", "out.mp4"),
+        *("--compare", *arguments),
     )
     assert ran.code == 2
     assert message in ran.err

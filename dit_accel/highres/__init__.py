@@ -1,0 +1,1 @@
+"""Resolution methods: generating larger than a model was trained for."""
