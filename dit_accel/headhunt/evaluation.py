@@ -1,0 +1,150 @@
+"""Scores heads by generating with them, and keeps every score in a journal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_accel.acceleration import accelerate_pipeline, restore_pipeline
+from dit_accel.errors import OptionError
+from dit_accel.generation import GenerationRequest, generate_batch
+from dit_accel.guidance.softpag import SoftPAG
+from dit_accel.headhunt.objectives import Entry, Objective
+from dit_accel.headhunt.processes import Processes
+from dit_accel.headhunt.search import Heads, HeadScorer
+from dit_accel.journal import Journal, as_read_back, refuse_other
+
+KIND = "headhunt"
+
+
+class HeadEvaluator(HeadScorer):
+    """Scores heads by the mean of an objective over generations.
+
+    The same prompts start from the same noise whatever the heads.
+
+    Args:
+        pipe: a pipeline of a known family.
+        requests: what to generate; they differ in prompt and seed alone.
+        entries: what each is to show, for the objective.
+        objective: loaded.
+        options: of `SoftPAG`, beside ``heads``.
+        batch: generations at once.
+        scores: where scores are kept.
+        processes: share the sets among them.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        requests: Sequence[GenerationRequest],
+        entries: Sequence[Entry],
+        objective: Objective,
+        options: Mapping[str, Any],
+        *,
+        batch: int,
+        scores: ScoreJournal,
+        processes: Processes,
+    ) -> None:
+        self.pipe, self.requests, self.entries = pipe, requests, entries
+        self.objective, self.options, self.batch = objective, options, batch
+        self.scores, self.processes = scores, processes
+        self.at_once = processes.count
+
+    def score(self, sets: Sequence[Heads], prompts: range) -> list[list[float]]:
+        """See `HeadScorer.score`."""
+        missing = [heads for heads in sets if self.scores.get(heads, prompts) is None]
+
+        def measure(heads: Heads) -> list[float]:
+            found = self._generate(heads, prompts)
+            self.scores.write(heads, prompts, found)
+            return found
+
+        for heads, found in zip(missing, self.processes.map(measure, missing), strict=True):
+            self.scores.keep(heads, prompts, found)
+        return [self.scores.get(heads, prompts) or [] for heads in sets]
+
+    def _generate(self, heads: Heads, prompts: range) -> list[float]:
+        restore_pipeline(self.pipe)
+        if heads:
+            guidance = SoftPAG(heads, **self.options)
+            shown = ["dense", guidance] if guidance.sees_queries else guidance
+            accelerate_pipeline(self.pipe, shown)
+        found: list[float] = []
+        try:
+            for start in range(prompts.start, prompts.stop, self.batch):
+                some = slice(start, min(start + self.batch, prompts.stop))
+                with torch.no_grad():
+                    frames = generate_batch(self.pipe, self.requests[some]).frames.float()
+                found += self.objective.score(frames, self.entries[some])
+        finally:
+            restore_pipeline(self.pipe)
+        if not all(map(math.isfinite, found)):
+            raise OptionError(
+                f"objective '{self.objective}' gave a score that is not finite for the heads "
+                f"{list(heads)}: take a smaller scale, or dtype float32."
+            )
+        return found
+
+
+class ScoreJournal:
+    """Scores by heads and prompt, kept in a file that a later search of the same kind goes on with.
+
+    Args:
+        path: a .jsonl file; None keeps them in memory.
+        settings: all that the scores depend on, ready for JSON.
+        processes: all of them write into the file.
+
+    Raises:
+        OptionError: if the file is of a search with other settings, or no journal.
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any], processes: Processes) -> None:
+        self.journal = None if path is None else Journal(path)
+        self._scores: dict[Heads, dict[int, float]] = {}
+        if self.journal is None:
+            return
+        rows = self.journal.rows()
+        if path is not None and path.exists() and path.stat().st_size:
+            _check_header(path, rows, settings)
+        processes.wait()  # until all have seen whether it was there
+        if not rows and processes.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True) if path is not None else None
+            self.journal.append([{"kind": KIND, "settings": as_read_back(settings)}])
+        for row in rows[1:]:
+            heads = tuple(map(tuple, row["heads"]))
+            self.keep(heads, range(row["first"], row["first"] + len(row["scores"])), row["scores"])
+        processes.wait()
+
+    def get(self, heads: Heads, prompts: range) -> list[float] | None:
+        """Return the scores of a set, or None if one is missing."""
+        found = self._scores.get(_key(heads), {})
+        return [found[i] for i in prompts] if all(i in found for i in prompts) else None
+
+    def keep(self, heads: Heads, prompts: range, scores: Sequence[float]) -> None:
+        """Keep scores in memory."""
+        known = self._scores.setdefault(_key(heads), {})
+        known |= dict(zip(prompts, scores, strict=True))
+
+    def write(self, heads: Heads, prompts: range, scores: Sequence[float]) -> None:
+        """Write scores into the file."""
+        if self.journal is not None:
+            row = {"heads": _key(heads), "first": prompts.start, "scores": list(scores)}
+            self.journal.append([row])
+
+
+def _key(heads: Heads) -> Heads:
+    return tuple(sorted(heads))
+
+
+def _check_header(path: Path, rows: Sequence[Mapping[str, Any]], settings: Any) -> None:
+    header = rows[0] if rows else {}
+    if header.get("kind") != KIND or not isinstance(header.get("settings"), dict):
+        raise OptionError(
+            f"journal {str(path)!r} is no journal of `headhunt`: give another name, or --force to "
+            "replace it."
+        )
+    refuse_other(path, header["settings"], as_read_back(settings))

@@ -1,0 +1,58 @@
+"""Several processes that share the work of one search, as `accelerate launch` starts them.
+
+All of them run the same search. Where sets of heads are to be scored, each takes its part, and the
+scores are gathered by gloo, since a few numbers need no fast link and processes may share a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Processes:
+    """The processes that were launched together; one where none were."""
+
+    def __init__(self) -> None:
+        self.count, self.index, self.local_index = 1, 0, 0
+        # `accelerate launch` starts several processes as torchrun does.
+        if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+            from accelerate import PartialState
+
+            state = PartialState(cpu=True, backend="gloo")
+            self.count, self.index = state.num_processes, state.process_index
+            self.local_index = state.local_process_index
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one writes and shows results."""
+        return self.index == 0
+
+    def device(self, name: str) -> str:
+        """Return the device for this process: of "cuda", GPUs take turns."""
+        if name != "cuda":
+            return name
+        return f"cuda:{self.local_index % torch.cuda.device_count()}"
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Return ``function`` of each item, each computed by one process and known to all."""
+        mine = [(i, function(items[i])) for i in range(self.index, len(items), self.count)]
+        return [result for _, result in sorted(self.gather(mine), key=lambda pair: pair[0])]
+
+    def gather(self, mine: list[Any]) -> list[Any]:
+        """Return the items of all processes."""
+        if self.count == 1:
+            return mine
+        from accelerate.utils import gather_object
+
+        found: list[Any] = gather_object(mine)
+        return found
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.gather([None])
