@@ -83,7 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["flux.1-dev", "sd3.5-large"])
     parser.add_argument("--size", default="1024", help="as in `dit-accel bench step`, or toy")
-    parser.add_argument("--layers", type=int, default=12, help="blocks to build, kinds in proportion")
+    parser.add_argument(
+        "--layers", type=int, default=12, help="blocks to build, kinds in proportion"
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, required=True, help="a .json")

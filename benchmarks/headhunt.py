@@ -176,7 +176,8 @@ def search(bench: Bench, target: str, name: str, plan: SearchPlan, steps: int | 
         model=args.model,
         objective="following" if target == GENERAL else f"style:{target}",
         steps=steps, height=args.size, width=args.size, guidance=1.0, batch=args.batch,
-        count=args.prompts, first_seed=SEARCH_SEED, plan=plan, scale=SCALE, device=bench.device,
+        count=args.prompts, first_seed=SEARCH_SEED, plan=plan, strength=args.strength, scale=SCALE,
+        device=bench.device,
     )  # fmt: skip
     objective = hunt.make_objective()
     objective.load(bench.device if args.read_on == "device" else "cpu")
@@ -203,7 +204,9 @@ def tune(bench: Bench, target: str, found: Found, guidance: float) -> dict[str, 
     ]
     none = Condition(target, False, guidance)
     rows = bench.measure([none, *layers, *heads])
-    value = dict(zip([none, *layers, *heads], (row_score(target, row) for row in rows), strict=True))
+    value = dict(
+        zip([none, *layers, *heads], (row_score(target, row) for row in rows), strict=True)
+    )
     return {
         "none": none,
         "layer": max(layers, key=value.__getitem__),
@@ -231,13 +234,14 @@ def held_out(bench: Bench, target: str, guidance: float, chosen: dict[str, Condi
         }
         for name, row in rows.items()
     }
+    searched = [name for name in rows if name not in ("none", "layer")]
+    pairs = [
+        ("layer", "none"),
+        *((name, other) for name in searched for other in ("none", "layer")),
+    ]
     result["gains"] = {
-        f"{name} over {other}": compared(target, rows[name], rows[other])
-        for name in rows
-        for other in ("none", "layer", "heads")
-        if name != other and (name, other) not in (("none", "layer"), ("none", "heads"))
-        and (name, other) != ("layer", "heads")
-    }  # fmt: skip
+        f"{name} over {other}": compared(target, rows[name], rows[other]) for name, other in pairs
+    }
     return result
 
 
@@ -348,6 +352,19 @@ def lines(result: Row) -> list[str]:
     return found
 
 
+def brief(results: Sequence[Row]) -> Row:
+    """Return the gains of the heads with their intervals, by target and guidance."""
+    found: Row = {}
+    for result in results:
+        for one in result["held_out"]:
+            gains = {name: gain["score"] for name, gain in one["gains"].items() if "heads" in name}
+            found[f"{result['target']}, guidance {one['guidance']:g}"] = {
+                name: [round(gain["mean"], 4), *(round(x, 4) for x in gain["interval"])]
+                for name, gain in gains.items()
+            }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-sd3")
@@ -357,6 +374,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=64, help="prompts to measure with")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--per-round", type=int, default=1)
+    parser.add_argument("--strength", type=float, default=0.5, help="in the search")
     parser.add_argument("--steps", type=int, help="the model's own by default")
     parser.add_argument("--size", type=int, help="pixels a side; the model's own by default")
     parser.add_argument("--batch", type=int, default=64, help="prompts at once")
@@ -380,7 +398,13 @@ def main() -> None:
         content = {
             "manifest": manifest(args.commit),
             "settings": {**bench.settings.described(), "guidance": None},
-            "search": {"prompts": args.prompts, "rounds": args.rounds, "scale": SCALE},
+            "search": {
+                "prompts": args.prompts,
+                "rounds": args.rounds,
+                "per_round": args.per_round,
+                "strength": args.strength,
+                "scale": SCALE,
+            },
             "processes": processes.count,
             "seconds": round(time.perf_counter() - began, 1),
             "targets": results,
@@ -388,8 +412,7 @@ def main() -> None:
         write_text(args.output, json.dumps(content, indent=1, allow_nan=False) + "\n")
         print("\n".join(lines(results[-1])), flush=True)
     if processes.is_main:
-        summary = {r["target"]: [one["gains"] for one in r["held_out"]] for r in results}
-        print(json.dumps({"seconds": content["seconds"], "gains": summary}))
+        print(json.dumps({"seconds": content["seconds"], "gains": brief(results)}))
 
 
 if __name__ == "__main__":

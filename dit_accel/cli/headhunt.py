@@ -16,7 +16,8 @@ from dit_accel.cli.output import plain_warnings, print_json, quieten_libraries
 from dit_accel.errors import OptionError
 
 if TYPE_CHECKING:
-    from dit_accel.headhunt.hunting import Found
+    from dit_accel.headhunt.hunting import Found, HeadHunt
+    from dit_accel.headhunt.objectives import Entry
     from dit_accel.headhunt.search import SearchState, Trial, Watch
 
 SHOWN = 8
@@ -59,7 +60,9 @@ def headhunt(
     ] = None,
     strength: Annotated[float, typer.Option(help="Of the perturbation, 0 to 1.")] = 1.0,
     scale: Annotated[float, typer.Option(help="Of the guidance by perturbation.")] = 3.0,
-    perturbation: Annotated[str, typer.Option(help="identity, uniform or query_mean.")] = "identity",
+    perturbation: Annotated[
+        str, typer.Option(help="identity, uniform or query_mean.")
+    ] = "identity",
     scope: Annotated[str, typer.Option(help="joint, or image alone.")] = "joint",
     guidance: Annotated[
         float, typer.Option(help="The pipeline's own guidance scale; 1 turns it off.")
@@ -127,7 +130,7 @@ def headhunt(
         dtype=pick_dtype(dtype),
     )
     made = hunt.make_objective()
-    hunt.entries(made)
+    _check_size(hunt, hunt.entries(made))
     made.load(hunt.device)
     if force and processes.is_main:
         journal.unlink(missing_ok=True)
@@ -160,6 +163,16 @@ def _check_outputs(output: Path, heatmap: Path | None, journal: Path, force: boo
             raise OptionError(f"output {str(path)!r} must end in {suffix}.")
     # With a journal, outputs are what an earlier run of the same search wrote.
     check_outputs([path for path, _ in wanted], force=force or journal.exists())
+
+
+def _check_size(hunt: HeadHunt, entries: list[Entry]) -> None:
+    """Refuse what the model's pipeline can't make, before its weights are loaded."""
+    from dit_accel.generation import pipeline_arguments
+    from dit_accel.models import pipeline_outline
+
+    outline = pipeline_outline(hunt.model)
+    if outline is not None:
+        pipeline_arguments(outline, hunt.requests(entries)[0])
 
 
 def _read_prompts(path: Path) -> tuple[str, ...]:

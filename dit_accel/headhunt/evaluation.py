@@ -102,7 +102,9 @@ class ScoreJournal:
         OptionError: if the file is of a search with other settings, or no journal.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any], processes: Processes) -> None:
+    def __init__(
+        self, path: Path | None, settings: Mapping[str, Any], processes: Processes
+    ) -> None:
         self.journal = None if path is None else Journal(path)
         self._scores: dict[Heads, dict[int, float]] = {}
         if self.journal is None:

@@ -62,6 +62,7 @@ class HeadHunt(ModelSettings):
     def __post_init__(self) -> None:
         """Check what can be checked without the model."""
         self.check_counts("batch", "count", "seeds")
+        self.request("any", self.first_seed)
         SoftPAG(self.candidates or ((0, 0),), **self.options())
         if self.prompts is not None and not self.prompts:
             raise OptionError("there is no prompt to search with.")
@@ -166,7 +167,13 @@ class Found:
             "environment": self.environment,
         }
         return HeadFile(
-            search.heads, self.model, hunt.perturbation, hunt.scope, hunt.strength, hunt.scale, found
+            search.heads,
+            self.model,
+            hunt.perturbation,
+            hunt.scope,
+            hunt.strength,
+            hunt.scale,
+            found,
         )
 
 

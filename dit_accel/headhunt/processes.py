@@ -7,9 +7,13 @@ scores are gathered by gloo, since a few numbers need no fast link and processes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+
+_PATIENCE = timedelta(days=7)
+"""One process may wait long for another's generations."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,7 +28,7 @@ class Processes:
         if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
             from accelerate import PartialState
 
-            state = PartialState(cpu=True, backend="gloo")
+            state = PartialState(cpu=True, backend="gloo", timeout=_PATIENCE)
             self.count, self.index = state.num_processes, state.process_index
             self.local_index = state.local_process_index
 

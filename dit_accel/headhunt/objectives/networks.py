@@ -164,7 +164,10 @@ class Aesthetic(_ClipObjective):
     """
 
     name: ClassVar[str] = "aesthetic"
-    hub_head: ClassVar[tuple[str, str]] = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
+    hub_head: ClassVar[tuple[str, str]] = (
+        "trl-lib/ddpo-aesthetic-predictor",
+        "aesthetic-model.pth",
+    )
 
     @property
     def sources(self) -> tuple[str, str]:
