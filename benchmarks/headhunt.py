@@ -33,6 +33,7 @@ from dit_accel.eval.settings import ModelSettings
 from dit_accel.files import write_text
 from dit_accel.generation import generate_batch
 from dit_accel.guidance.heads import HeadFile
+from dit_accel.guidance.softpag import DEFAULT_STRENGTH
 from dit_accel.headhunt.heatmap import write_heat_map
 from dit_accel.headhunt.hunting import Found, HeadHunt, hunt_heads
 from dit_accel.headhunt.objectives import Entry
@@ -374,7 +375,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=64, help="prompts to measure with")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--per-round", type=int, default=1)
-    parser.add_argument("--strength", type=float, default=0.5, help="in the search")
+    parser.add_argument("--strength", type=float, default=DEFAULT_STRENGTH, help="in the search")
     parser.add_argument("--steps", type=int, help="the model's own by default")
     parser.add_argument("--size", type=int, help="pixels a side; the model's own by default")
     parser.add_argument("--batch", type=int, default=64, help="prompts at once")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, Group
 from rich.table import Table
 
+from dit_accel.cli.caching import AsJson, Device, Dtype, Frames, Height, Model, Steps, Width
 from dit_accel.cli.options import parse_value, pick_dtype
 from dit_accel.cli.output import plain_warnings, print_json, quieten_libraries
 from dit_accel.errors import OptionError
@@ -18,75 +19,83 @@ from dit_accel.errors import OptionError
 if TYPE_CHECKING:
     from dit_accel.headhunt.hunting import Found, HeadHunt
     from dit_accel.headhunt.objectives import Entry
+    from dit_accel.headhunt.processes import Processes
     from dit_accel.headhunt.search import SearchState, Trial, Watch
 
 SHOWN = 8
 """Heads of the running round that are shown."""
 
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="A .json, for --method softpag --set heads=.")
+]
+ObjectiveName = Annotated[
+    str,
+    typer.Option(
+        help="following, style, style:dark, pickscore, clip_text, clip_image:FILE, aesthetic."
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="A text file, one prompt a line. Left out: drawn for bundled models."),
+]
+Limit = Annotated[int | None, typer.Option(help="How many prompts; all of the file, or 20 drawn.")]
+Seeds = Annotated[int, typer.Option(help="Noises for each prompt.")]
+FirstSeed = Annotated[int, typer.Option(help="Of the noises, and of drawn prompts.")]
+Rounds = Annotated[int, typer.Option(help="How often heads are chosen.")]
+PerRound = Annotated[int, typer.Option(help="Heads chosen in each round.")]
+Halving = Annotated[
+    int | None,
+    typer.Option(help="Try all heads on so many prompts first, then half on twice as many."),
+]
+Layers = Annotated[str | None, typer.Option(help="Only heads of these layers, e.g. 6,7,8.")]
+Candidates = Annotated[
+    str | None, typer.Option(help="Only these heads (layer:head), e.g. 6:0,6:1.")
+]
+Strength = Annotated[float, typer.Option(help="Of the perturbation, 0 to 1.")]
+Scale = Annotated[float, typer.Option(help="Of the guidance by perturbation.")]
+Perturbation = Annotated[str, typer.Option(help="identity, uniform or query_mean.")]
+Scope = Annotated[str, typer.Option(help="joint, or image alone.")]
+Guidance = Annotated[float, typer.Option(help="The pipeline's own guidance scale; 1 turns it off.")]
+Batch = Annotated[int, typer.Option(help="Prompts generated at once.")]
+JournalPath = Annotated[
+    Path | None,
+    typer.Option(help="A .jsonl of all scores. Left out: beside OUTPUT, with its name."),
+]
+HeatMap = Annotated[
+    Path | None, typer.Option(help="A .png of what each head is worth, layers by heads.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Start again: replace outputs and journal.")]
+
 
 def headhunt(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A .json, for --method softpag --set heads=.")
-    ],
-    objective: Annotated[
-        str,
-        typer.Option(
-            help="following, style, style:dark, pickscore, clip_text, clip_image:FILE, aesthetic."
-        ),
-    ] = "following",
-    model: Annotated[
-        str, typer.Option(help="A bundled model, a folder, or a hub id (org/name).")
-    ] = "tiny-sd3",
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="A text file, one prompt a line. Left out: drawn for bundled models."),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="How many prompts; all of the file, or 20 drawn.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="Noises for each prompt.")] = 1,
-    first_seed: Annotated[int, typer.Option(help="Of the noises, and of drawn prompts.")] = 0,
-    rounds: Annotated[int, typer.Option(help="How often heads are chosen.")] = 1,
-    per_round: Annotated[int, typer.Option(help="Heads chosen in each round.")] = 6,
-    halving: Annotated[
-        int | None,
-        typer.Option(help="Try all heads on so many prompts first, then half on twice as many."),
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Only heads of these layers, e.g. 6,7,8.")
-    ] = None,
-    candidates: Annotated[
-        str | None, typer.Option(help="Only these heads (layer:head), e.g. 6:0,6:1.")
-    ] = None,
-    strength: Annotated[float, typer.Option(help="Of the perturbation, 0 to 1.")] = 1.0,
-    scale: Annotated[float, typer.Option(help="Of the guidance by perturbation.")] = 3.0,
-    perturbation: Annotated[
-        str, typer.Option(help="identity, uniform or query_mean.")
-    ] = "identity",
-    scope: Annotated[str, typer.Option(help="joint, or image alone.")] = "joint",
-    guidance: Annotated[
-        float, typer.Option(help="The pipeline's own guidance scale; 1 turns it off.")
-    ] = 1.0,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of the videos.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
-    batch: Annotated[int, typer.Option(help="Prompts generated at once.")] = 16,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto picks one.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="float32, float16 or bfloat16; auto: float32 on a CPU.")
-    ] = "auto",
-    journal: Annotated[
-        Path | None,
-        typer.Option(help="A .jsonl of all scores. Left out: beside OUTPUT, with its name."),
-    ] = None,
-    heatmap: Annotated[
-        Path | None, typer.Option(help="A .png of what each head is worth, layers by heads.")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Start again: replace outputs and journal.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    output: Output,
+    objective: ObjectiveName = "following",
+    model: Model = "tiny-sd3",
+    prompts: Prompts = None,
+    limit: Limit = None,
+    seeds: Seeds = 1,
+    first_seed: FirstSeed = 0,
+    rounds: Rounds = 1,
+    per_round: PerRound = 6,
+    halving: Halving = None,
+    layers: Layers = None,
+    candidates: Candidates = None,
+    strength: Strength = 0.5,
+    scale: Scale = 3.0,
+    perturbation: Perturbation = "identity",
+    scope: Scope = "joint",
+    guidance: Guidance = 1.0,
+    steps: Steps = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    batch: Batch = 16,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    journal: JournalPath = None,
+    heatmap: HeatMap = None,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Search the attention heads that improve generations when they are guided by (HeadHunter).
 
@@ -96,60 +105,49 @@ def headhunt(
     """
     from dit_accel.environment import pick_device
     from dit_accel.guidance.heads import settle_heads
-    from dit_accel.headhunt.heatmap import write_heat_map
-    from dit_accel.headhunt.hunting import HeadHunt, hunt_heads
+    from dit_accel.headhunt.hunting import HeadHunt
     from dit_accel.headhunt.processes import Processes
     from dit_accel.headhunt.search import SearchPlan
-    from dit_accel.models import load_pipeline
 
     quieten_libraries()
     journal = output.with_suffix(".jsonl") if journal is None else journal
     _check_outputs(output, heatmap, journal, force)
     processes = Processes()
+    place = processes.device(pick_device(device))
     hunt = HeadHunt(
-        model=model,
-        objective=objective,
+        model=model, objective=objective,
         prompts=None if prompts is None else _read_prompts(prompts),
-        count=limit,
-        seeds=seeds,
-        first_seed=first_seed,
+        count=limit, seeds=seeds, first_seed=first_seed,
         plan=SearchPlan(rounds=rounds, per_round=per_round, halving=halving),
         candidates=None if candidates is None else settle_heads(candidates)[0],
         layers=None if layers is None else _numbers(layers),
-        strength=strength,
-        scale=scale,
+        strength=strength, scale=scale,
         perturbation=perturbation,  # type: ignore[arg-type]  # checked there
         scope=scope,  # type: ignore[arg-type]
-        guidance=guidance,
-        steps=steps,
-        frames=frames,
-        height=height,
-        width=width,
-        batch=batch,
-        device=processes.device(pick_device(device)),
-        dtype=pick_dtype(dtype),
-    )
-    made = hunt.make_objective()
-    _check_size(hunt, hunt.entries(made))
-    made.load(hunt.device)
+        guidance=guidance, steps=steps, frames=frames, height=height, width=width,
+        batch=batch, device=place, dtype=pick_dtype(dtype),
+    )  # fmt: skip
+    found = _search(hunt, journal, processes, force)
+    if processes.is_main:
+        _finish(found, output, heatmap, as_json)
+
+
+def _search(hunt: HeadHunt, journal: Path, processes: Processes, force: bool) -> Found:
+    """Load what the search needs, the model last, and search."""
+    from dit_accel.headhunt.hunting import hunt_heads
+    from dit_accel.models import load_pipeline
+
+    objective = hunt.make_objective()
+    _check_size(hunt, hunt.entries(objective))
+    objective.load(hunt.device)
     if force and processes.is_main:
         journal.unlink(missing_ok=True)
     processes.wait()
     with plain_warnings(), _display(shown=processes.is_main) as watch:
-        pipe = load_pipeline(model, device=hunt.device, dtype=hunt.dtype)
-        found = hunt_heads(
-            pipe, hunt, objective=made, journal=journal, processes=processes, watch=watch
+        pipe = load_pipeline(hunt.model, device=hunt.device, dtype=hunt.dtype)
+        return hunt_heads(
+            pipe, hunt, objective=objective, journal=journal, processes=processes, watch=watch
         )
-    if not processes.is_main:
-        return
-    file = found.head_file()
-    file.write(output)
-    if heatmap is not None:
-        write_heat_map(found, heatmap)
-    if as_json:
-        print_json({"heads": file.heads, **file.found})
-        return
-    _print_result(found, [path for path in (output, heatmap) if path is not None])
 
 
 def _check_outputs(output: Path, heatmap: Path | None, journal: Path, force: bool) -> None:
@@ -195,8 +193,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _display(*, shown: bool) -> Iterator[Watch]:
     """Yield a callback that shows the progress and the best heads of the round."""
     from rich.live import Live
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     bars = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -212,8 +216,7 @@ def _display(*, shown: bool) -> Iterator[Watch]:
 
 
 def _round_table(state: SearchState) -> Table:
-    chosen = ", ".join(f"{layer}:{head}" for layer, head in state.chosen) or "none yet"
-    title = f"round {state.round + 1}; chosen: {chosen}"
+    title = f"round {state.round + 1}; chosen: {_pairs(state.chosen) or 'none yet'}"
     return _trials_table(state.trials[:SHOWN], title, f"without guidance {state.plain:.4f}")
 
 
@@ -226,16 +229,29 @@ def _trials_table(trials: tuple[Trial, ...], title: str, caption: str) -> Table:
     return table
 
 
-def _print_result(found: Found, written: list[Path]) -> None:
-    console, search = Console(), found.search
+def _finish(found: Found, output: Path, heatmap: Path | None, as_json: bool) -> None:
+    """Write and print what was found."""
+    from dit_accel.headhunt.heatmap import write_heat_map
+
+    file, search = found.head_file(), found.search
+    file.write(output)
+    if heatmap is not None:
+        write_heat_map(found, heatmap)
+    if as_json:
+        print_json({"heads": file.heads, **file.found})
+        return
+    console = Console()
     for number, one in enumerate(search.rounds, 1):
         title = f"round {number}: {found.hunt.objective}"
         caption = f"together {one.score:.4f}, without guidance {search.plain:.4f}"
         console.print(_trials_table(one.trials[: found.hunt.plan.per_round], title, caption))
-    heads = ",".join(f"{layer}:{head}" for layer, head in search.heads)
-    print_plain: Any = {"markup": False, "highlight": False, "soft_wrap": True}
-    console.print(f"heads: {heads}", **print_plain)
+    lines = ["heads: " + _pairs(search.heads), f"wrote {output}"]
     if search.best.score <= search.plain:
-        console.print("These heads are no better than no guidance on these prompts.")
-    for path in written:
-        console.print(f"wrote {path}", **print_plain)
+        lines.insert(1, "these heads are no better than no guidance on these prompts")
+    lines += [] if heatmap is None else [f"wrote {heatmap}"]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _pairs(heads: tuple[tuple[int, int], ...]) -> str:
+    return ",".join(f"{layer}:{head}" for layer, head in heads)

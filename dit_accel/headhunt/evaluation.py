@@ -17,8 +17,10 @@ from dit_accel.headhunt.objectives import Entry, Objective
 from dit_accel.headhunt.processes import Processes
 from dit_accel.headhunt.search import Heads, HeadScorer
 from dit_accel.journal import Journal, as_read_back, refuse_other
+from dit_accel.kinds import Method
 
 KIND = "headhunt"
+_START = f'{{"kind": "{KIND}"'.encode()
 
 
 class HeadEvaluator(HeadScorer):
@@ -71,8 +73,7 @@ class HeadEvaluator(HeadScorer):
         restore_pipeline(self.pipe)
         if heads:
             guidance = SoftPAG(heads, **self.options)
-            shown = ["dense", guidance] if guidance.sees_queries else guidance
-            accelerate_pipeline(self.pipe, shown)
+            accelerate_pipeline(self.pipe, _methods(guidance))
         found: list[float] = []
         try:
             for start in range(prompts.start, prompts.stop, self.batch):
@@ -88,6 +89,11 @@ class HeadEvaluator(HeadScorer):
                 f"{list(heads)}: take a smaller scale, or dtype float32."
             )
         return found
+
+
+def _methods(guidance: SoftPAG) -> list[str | Method]:
+    """Return the guidance with an attention method where it needs one."""
+    return ["dense", guidance] if guidance.sees_queries else [guidance]
 
 
 class ScoreJournal:
@@ -110,11 +116,11 @@ class ScoreJournal:
         if self.journal is None:
             return
         rows = self.journal.rows()
-        if path is not None and path.exists() and path.stat().st_size:
-            _check_header(path, rows, settings)
+        if self.journal.path.exists():
+            _check_header(self.journal.path, rows, settings)
         processes.wait()  # until all have seen whether it was there
         if not rows and processes.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True) if path is not None else None
+            self.journal.path.parent.mkdir(parents=True, exist_ok=True)
             self.journal.append([{"kind": KIND, "settings": as_read_back(settings)}])
         for row in rows[1:]:
             heads = tuple(map(tuple, row["heads"]))
@@ -143,6 +149,9 @@ def _key(heads: Heads) -> Heads:
 
 
 def _check_header(path: Path, rows: Sequence[Mapping[str, Any]], settings: Any) -> None:
+    begun = path.read_bytes()[: len(_START)]
+    if not rows and _START.startswith(begun):
+        return  # cut off while the header was written
     header = rows[0] if rows else {}
     if header.get("kind") != KIND or not isinstance(header.get("settings"), dict):
         raise OptionError(

@@ -16,7 +16,7 @@ from dit_accel.generation import GenerationRequest
 from dit_accel.guidance.attention import Scope, Target
 from dit_accel.guidance.base import DEFAULT_SCALE
 from dit_accel.guidance.heads import Head, HeadFile, model_identity
-from dit_accel.guidance.softpag import SoftPAG
+from dit_accel.guidance.softpag import DEFAULT_STRENGTH, SoftPAG
 from dit_accel.headhunt.evaluation import HeadEvaluator, ScoreJournal
 from dit_accel.headhunt.objectives import Entry, Objective, make_objective
 from dit_accel.headhunt.processes import Processes
@@ -54,7 +54,7 @@ class HeadHunt(ModelSettings):
     plan: SearchPlan = field(default_factory=SearchPlan)
     candidates: tuple[Head, ...] | None = None
     layers: tuple[int, ...] | None = None
-    strength: float = 1.0
+    strength: float = DEFAULT_STRENGTH
     scale: float = DEFAULT_SCALE
     perturbation: Target = "identity"
     scope: Scope = "joint"

@@ -203,7 +203,8 @@ def search_heads(
         raise OptionError("there is no prompt to search with.")
     hunt = _Hunt(scorer, prompts, plan, watch, plan.generations(len(candidates), prompts))
     hunt.extend([()], prompts)
-    left, rounds, chosen = sorted(candidates), list[Round](), ()
+    left, rounds = sorted(candidates), list[Round]()
+    chosen: Heads = ()
     for number in range(plan.rounds):
         ranked = hunt.try_heads(number, chosen, left)
         best = tuple(trial.head for trial in ranked[: plan.per_round])

@@ -74,7 +74,7 @@ def test_impossible_sets_leave_the_pipeline_alone(pipe, options, says):
 
 
 def test_a_model_without_sets_says_how_to_get_one():
-    with pytest.raises(OptionError, match="brings no sets of heads.*dit-accel headhunt"):
+    with pytest.raises(OptionError, match=r"brings no sets of heads.*dit-accel headhunt"):
         accelerate_pipeline(tiny_sd3(), "softpag", heads="general")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -201,7 +202,7 @@ def aesthetic_predictor(weights: dict[str, Tensor]) -> nn.Module:
         RuntimeError: if these are other weights.
     """
     sizes = (768, 1024, 128, 64, 16, 1)
-    layers = nn.Sequential(*(nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)))
+    layers = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(sizes)))
     # Named as in a stack where dropout follows each of the first three.
     places = dict(zip((0, 2, 4, 6, 7), range(5), strict=True))
     named = {
