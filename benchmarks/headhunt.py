@@ -20,6 +20,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from dit_accel.headhunt.search import SearchPlan
 from dit_accel.journal import Journal, as_read_back, refuse_other
 from dit_accel.models import generation_defaults, load_pipeline
 from dit_accel.world.pictures import STYLES
-from dit_accel.world.worlds import sample_prompts, shares_right
+from dit_accel.world.worlds import Marks, sample_prompts, shares_right
 
 Row = dict[str, Any]
 
@@ -110,7 +111,9 @@ class Bench:
         processes.wait()
         if not rows and processes.is_main:
             self.journal.append([{"settings": about}])
-        self.known = {json.dumps(row["condition"]): row for row in rows[1:]}
+        self.known: dict[str, dict[int, Marks]] = {}
+        for row in rows[1:]:
+            self._keep(row)
         processes.wait()
 
     def entries(self, condition: Condition) -> list[Entry]:
@@ -125,37 +128,60 @@ class Bench:
         return [entry for entry in drawn if entry["prompt"] not in known][: args.held_out]
 
     def measure(self, conditions: Sequence[Condition]) -> list[Row]:
-        """Return a row per condition, those known already included."""
-        keys = [json.dumps(condition.described()) for condition in conditions]
-        missing = [c for c, key in zip(conditions, keys, strict=True) if key not in self.known]
-        for row in self.processes.map(self._measure, list(dict.fromkeys(missing))):
-            self.known[json.dumps(row["condition"])] = row
-        return [self.known[key] for key in keys]
+        """Return what each condition's pictures show; those known already are not made again."""
+        missing = [
+            (condition, i)
+            for condition in dict.fromkeys(conditions)
+            for i in range(self.args.held_out if condition.held_out else self.args.prompts)
+            if i not in self._known(condition)
+        ]
+        found = []
+        for condition, group in groupby(self.processes.share(missing), key=lambda item: item[0]):
+            found.append(self._measure(condition, [i for _, i in group]))
+            self.journal.append([found[-1]])
+        for row in self.processes.gather(found):
+            self._keep(row)
+        rows = [summary(self._known(condition)) for condition in conditions]
+        if self.processes.is_main and missing:
+            for condition, row in zip(conditions, rows, strict=True):
+                print(f"{condition}: {row_score(condition.target, row):.3f}", flush=True)
+        return rows
+
+    def _known(self, condition: Condition) -> dict[int, Marks]:
+        return self.known.setdefault(json.dumps(condition.described()), {})
+
+    def _keep(self, row: Row) -> None:
+        known = self.known.setdefault(json.dumps(row["condition"]), {})
+        known.update(zip(row["prompts"], row["marks"], strict=True))
 
     @torch.no_grad()
-    def _measure(self, condition: Condition) -> Row:
+    def _measure(self, condition: Condition, numbers: Sequence[int]) -> Row:
         began = time.perf_counter()
         entries = self.entries(condition)
         first = HELD_OUT_SEED if condition.held_out else SEARCH_SEED
         settings = replace(self.settings, guidance=condition.guidance)
-        requests = [settings.request(e["prompt"], first + i) for i, e in enumerate(entries)]
         restore_pipeline(self.pipe)
         if condition.method != "none":
             accelerate_pipeline(self.pipe, condition.method, **dict(condition.options))
         marks = []
-        for start in range(0, len(requests), settings.batch):
-            some = slice(start, start + settings.batch)
-            frames = generate_batch(self.pipe, requests[some]).frames.float()
-            marks += self.checker.marks(frames, entries[some])
+        for start in range(0, len(numbers), settings.batch):
+            some = numbers[start : start + settings.batch]
+            requests = [settings.request(entries[i]["prompt"], first + i) for i in some]
+            frames = generate_batch(self.pipe, requests).frames.float()
+            marks += self.checker.marks(frames, [entries[i] for i in some])
         restore_pipeline(self.pipe)
-        parts = [(shares_right([mark])["all"], *style_and_rest(mark)) for mark in marks]
-        row: Row = {"condition": condition.described()}
-        row |= dict(zip(PARTS, map(list, zip(*parts, strict=True)), strict=True))
-        kinds = {k: v for k, v in shares_right(marks).items() if k not in ("all", "attributes")}
-        row |= {"shares": kinds, "spent_s": round(time.perf_counter() - began, 2)}
-        self.journal.append([row])
-        print(f"{condition}: {row_score(condition.target, row):.3f}", flush=True)
-        return row
+        for mark in marks:
+            del mark["seen"]
+        row: Row = {"condition": condition.described(), "prompts": list(numbers), "marks": marks}
+        return row | {"spent_s": round(time.perf_counter() - began, 2)}
+
+
+def summary(marks: dict[int, Marks]) -> Row:
+    """Return `PARTS` of each prompt in order, and the shares of right attributes over all."""
+    ordered = [marks[i] for i in sorted(marks)]
+    parts = [(shares_right([mark])["all"], *style_and_rest(mark)) for mark in ordered]
+    shares = {k: v for k, v in shares_right(ordered).items() if k not in ("all", "attributes")}
+    return {**dict(zip(PARTS, map(list, zip(*parts, strict=True)), strict=True)), "shares": shares}
 
 
 def scores(target: str, row: Row) -> np.ndarray:

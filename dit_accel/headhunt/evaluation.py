@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -58,29 +59,34 @@ class HeadEvaluator(HeadScorer):
 
     def score(self, sets: Sequence[Heads], prompts: range) -> list[list[float]]:
         """See `HeadScorer.score`."""
-        missing = [heads for heads in sets if self.scores.get(heads, prompts) is None]
+        missing = [
+            (heads, prompt)
+            for heads in sets
+            for prompt in prompts
+            if prompt not in self.scores.known(heads)
+        ]
+        found = []
+        for heads, group in groupby(self.processes.share(missing), key=lambda item: item[0]):
+            numbers = [prompt for _, prompt in group]
+            scores = self._generate(heads, numbers)
+            self.scores.write(heads, numbers, scores)
+            found.append((heads, numbers, scores))
+        for heads, numbers, scores in self.processes.gather(found):
+            self.scores.keep(heads, numbers, scores)
+        return [[self.scores.known(heads)[prompt] for prompt in prompts] for heads in sets]
 
-        def measure(heads: Heads) -> list[float]:
-            found = self._generate(heads, prompts)
-            self.scores.write(heads, prompts, found)
-            return found
-
-        for heads, found in zip(missing, self.processes.map(measure, missing), strict=True):
-            self.scores.keep(heads, prompts, found)
-        return [self.scores.get(heads, prompts) or [] for heads in sets]
-
-    def _generate(self, heads: Heads, prompts: range) -> list[float]:
+    def _generate(self, heads: Heads, prompts: Sequence[int]) -> list[float]:
         restore_pipeline(self.pipe)
         if heads:
             guidance = SoftPAG(heads, **self.options)
             accelerate_pipeline(self.pipe, _methods(guidance))
         found: list[float] = []
         try:
-            for start in range(prompts.start, prompts.stop, self.batch):
-                some = slice(start, min(start + self.batch, prompts.stop))
+            for start in range(0, len(prompts), self.batch):
+                some = prompts[start : start + self.batch]
                 with torch.no_grad():
-                    frames = generate_batch(self.pipe, self.requests[some]).frames.float()
-                found += self.objective.score(frames, self.entries[some])
+                    batch = generate_batch(self.pipe, [self.requests[i] for i in some])
+                found += self.objective.score(batch.frames.float(), [self.entries[i] for i in some])
         finally:
             restore_pipeline(self.pipe)
         if not all(map(math.isfinite, found)):
@@ -123,29 +129,22 @@ class ScoreJournal:
             self.journal.path.parent.mkdir(parents=True, exist_ok=True)
             self.journal.append([{"kind": KIND, "settings": as_read_back(settings)}])
         for row in rows[1:]:
-            heads = tuple(map(tuple, row["heads"]))
-            self.keep(heads, range(row["first"], row["first"] + len(row["scores"])), row["scores"])
+            self.keep(tuple(map(tuple, row["heads"])), row["prompts"], row["scores"])
         processes.wait()
 
-    def get(self, heads: Heads, prompts: range) -> list[float] | None:
-        """Return the scores of a set, or None if one is missing."""
-        found = self._scores.get(_key(heads), {})
-        return [found[i] for i in prompts] if all(i in found for i in prompts) else None
+    def known(self, heads: Heads) -> dict[int, float]:
+        """Return the scores of a set by prompt."""
+        return self._scores.setdefault(tuple(sorted(heads)), {})
 
-    def keep(self, heads: Heads, prompts: range, scores: Sequence[float]) -> None:
+    def keep(self, heads: Heads, prompts: Sequence[int], scores: Sequence[float]) -> None:
         """Keep scores in memory."""
-        known = self._scores.setdefault(_key(heads), {})
-        known |= dict(zip(prompts, scores, strict=True))
+        self.known(heads).update(zip(prompts, scores, strict=True))
 
-    def write(self, heads: Heads, prompts: range, scores: Sequence[float]) -> None:
+    def write(self, heads: Heads, prompts: Sequence[int], scores: Sequence[float]) -> None:
         """Write scores into the file."""
         if self.journal is not None:
-            row = {"heads": _key(heads), "first": prompts.start, "scores": list(scores)}
+            row = {"heads": sorted(heads), "prompts": list(prompts), "scores": list(scores)}
             self.journal.append([row])
-
-
-def _key(heads: Heads) -> Heads:
-    return tuple(sorted(heads))
 
 
 def _check_header(path: Path, rows: Sequence[Mapping[str, Any]], settings: Any) -> None:

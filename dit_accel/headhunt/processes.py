@@ -1,14 +1,14 @@
 """Several processes that share the work of one search, as `accelerate launch` starts them.
 
-All of them run the same search. Where sets of heads are to be scored, each takes its part, and the
-scores are gathered by gloo, since a few numbers need no fast link and processes may share a GPU.
+All of them run the same search. Where heads are to be scored, each takes its part, and the scores
+are gathered by gloo, since a few numbers need no fast link and processes may share a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -16,7 +16,6 @@ _PATIENCE = timedelta(days=7)
 """One process may wait long for another's generations."""
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Processes:
@@ -43,18 +42,18 @@ class Processes:
             return name
         return f"cuda:{self.local_index % torch.cuda.device_count()}"
 
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Return ``function`` of each item, each computed by one process and known to all."""
-        mine = [(i, function(items[i])) for i in range(self.index, len(items), self.count)]
-        return [result for _, result in sorted(self.gather(mine), key=lambda pair: pair[0])]
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this process's part of the items: neighbours stay together."""
+        size = -(-len(items) // self.count)
+        return items[self.index * size : (self.index + 1) * size]
 
-    def gather(self, mine: list[Any]) -> list[Any]:
-        """Return the items of all processes."""
+    def gather(self, mine: list[Item]) -> list[Item]:
+        """Return the items of all processes, in the order of `share`."""
         if self.count == 1:
             return mine
         from accelerate.utils import gather_object
 
-        found: list[Any] = gather_object(mine)
+        found: list[Item] = gather_object(mine)
         return found
 
     def wait(self) -> None:

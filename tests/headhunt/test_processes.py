@@ -14,7 +14,8 @@ SCRIPT = """
 import json, sys
 from dit_accel.headhunt.processes import Processes
 processes = Processes()
-seen = processes.map(lambda item: [item, processes.index], list("abcde"))
+mine = [[item, processes.index] for item in processes.share("abcde")]
+seen = processes.gather(mine)
 processes.wait()
 print(json.dumps(seen) if processes.is_main else "", end="")
 """
@@ -23,7 +24,7 @@ print(json.dumps(seen) if processes.is_main else "", end="")
 def test_one_process_needs_no_launching():
     alone = Processes()
     assert (alone.count, alone.is_main, alone.device("cpu")) == (1, True, "cpu")
-    assert alone.map(str.upper, ["a", "b"]) == ["A", "B"]
+    assert alone.share(["a", "b"]) == alone.gather(["a", "b"]) == ["a", "b"]
 
 
 def test_launched_processes_share_items_and_know_all_results(tmp_path):
@@ -35,4 +36,4 @@ def test_launched_processes_share_items_and_know_all_results(tmp_path):
         capture_output=True, text=True, check=True, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert ran.stdout == '[["a", 0], ["b", 1], ["c", 0], ["d", 1], ["e", 0]]'
+    assert ran.stdout == '[["a", 0], ["b", 0], ["c", 0], ["d", 1], ["e", 1]]'
