@@ -37,7 +37,7 @@ class HeadEvaluator(HeadScorer):
         options: of `SoftPAG`, beside ``heads``.
         batch: generations at once.
         scores: where scores are kept.
-        processes: share the sets among them.
+        processes: share the generations.
     """
 
     def __init__(

@@ -209,7 +209,7 @@ def hunt_heads(
     entries = hunt.entries(objective)
     began = time.perf_counter()
     model = model_identity(family_of(pipe), _transformer(pipe))
-    settings = hunt.described() | hunt.options() | {"identity": model}
+    settings = hunt.described() | hunt.options() | {"transformer": model}
     settings |= {"objective": objective.identity(), "prompts": [e["prompt"] for e in entries]}
     settings |= {"first_seed": hunt.first_seed}
     scorer = HeadEvaluator(
