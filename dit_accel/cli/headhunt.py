@@ -31,7 +31,8 @@ Output = Annotated[
 ObjectiveName = Annotated[
     str,
     typer.Option(
-        help="following, style, style:dark, pickscore, clip_text, clip_image:FILE, aesthetic."
+        help="following, style, style:dark, pickscore, clip_text, clip_image:FILE, aesthetic, "
+        "dimension:NAME."
     ),
 ]
 Prompts = Annotated[

@@ -198,8 +198,9 @@ def hunt_heads(
         watch: told of every score.
 
     Raises:
-        OptionError: if the model has no such heads, the objective needs what can't be had, or the
-            journal is of a search with other settings.
+        OptionError: if the model has no such heads, or the journal is of a search with other
+            settings.
+        BackboneError: if the objective needs a network that can't be had.
     """
     processes = processes or Processes()
     candidates = hunt.find_candidates(pipe)

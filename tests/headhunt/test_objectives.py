@@ -15,9 +15,11 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from dit_accel.errors import OptionError
-from dit_accel.headhunt.objectives import OBJECTIVES, make_objective
-from dit_accel.headhunt.objectives.networks import Aesthetic, ClipImage, aesthetic_predictor
+from dit_accel.errors import BackboneError, OptionError
+from dit_accel.eval import dimensions
+from dit_accel.eval.dimensions import dimension_class
+from dit_accel.headhunt.objectives import list_objectives, make_objective
+from dit_accel.headhunt.objectives.networks import ClipImage
 from dit_accel.world import pictures
 from dit_accel.world.worlds import sample_prompts
 
@@ -110,33 +112,24 @@ def test_image_similarity_is_largest_for_the_picture_itself(clip, tmp_path, monk
         image.load("cpu")
 
 
-def test_the_aesthetic_score_is_a_stack_of_linear_layers(clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(Aesthetic, "hub_model", str(clip[0]))
-    monkeypatch.setattr(Aesthetic, "hub_processor", str(clip[0]))
-    torch.manual_seed(0)
-    sizes = [(1024, 768), (128, 1024), (64, 128), (16, 64), (1, 16)]
-    places = (0, 2, 4, 6, 7)
-    weights = {}
-    for place, size in zip(places, sizes, strict=True):
-        weights[f"layers.{place}.weight"] = torch.randn(size) / size[1] ** 0.5
-        weights[f"layers.{place}.bias"] = torch.randn(size[0])
-    path = tmp_path / "predictor.pth"
-    torch.save(weights, path)
-    aesthetic = make_objective(f"aesthetic:{path}")
+def test_dimensions_are_objectives():
+    one = make_objective("dimension:proxy_temporal_flickering")
+    one.load("cpu")
+    still = FRAMES[:, :1].expand(-1, 4, -1, -1, -1)
+    moving = torch.rand(3, 4, 3, 48, 40, generator=torch.Generator().manual_seed(1))
+    assert min(one.score(still, ENTRIES)) > max(one.score(moving, ENTRIES))
+    measured = dimension_class("proxy_temporal_flickering")().measure(moving[1])
+    assert one.score(moving, ENTRIES)[1] == measured
+
+
+def test_the_aesthetic_score_is_that_of_the_dimension(monkeypatch):
+    monkeypatch.setattr(
+        dimensions, "load_backbone", lambda *_, **__: lambda images: 10 * images.mean((1, 2, 3))
+    )
+    aesthetic = make_objective("aesthetic")
     aesthetic.load("cpu")
-    _, model, processor = clip
-    pictures_ = [(f[0].permute(1, 2, 0) * 255).round().byte().numpy() for f in FRAMES]
-    with torch.no_grad():
-        inputs = processor(text=["x"], images=pictures_, return_tensors="pt")
-        x = model(**inputs).image_embeds
-        for place in places:
-            x = x @ weights[f"layers.{place}.weight"].T + weights[f"layers.{place}.bias"]
-    assert aesthetic.score(FRAMES, ENTRIES) == pytest.approx(x[:, 0].tolist(), abs=1e-3)
-    with pytest.raises(RuntimeError):
-        aesthetic_predictor({"layers.0.weight": torch.zeros(3, 3)})
-    torch.save({"other": torch.zeros(2)}, path)
-    with pytest.raises(OptionError, match=r"needs .*predictor\.pth, which can't be loaded"):
-        aesthetic.load("cpu")
+    lighter = aesthetic.score(FRAMES / 2 + 0.5, ENTRIES)
+    assert all(a > b for a, b in zip(lighter, aesthetic.score(FRAMES, ENTRIES), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -144,14 +137,14 @@ def test_the_aesthetic_score_is_a_stack_of_linear_layers(clip, tmp_path, monkeyp
     [
         ("pickscore", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K|yuvalkirstain/PickScore_v1"),
         ("clip_text", "openai/clip-vit-large-patch14"),
-        ("aesthetic", "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"),
         ("pickscore:no/such/folder", "no/such/folder"),
-        ("aesthetic:missing.pth", "missing.pth"),
     ],
 )
 def test_weights_that_are_not_there_are_named(objective, file):
     made = make_objective(objective)
-    with pytest.raises(OptionError, match=rf"needs ({file}), which can't be loaded: .*hf download"):
+    with pytest.raises(
+        BackboneError, match=rf"needs ({file}), which can't be loaded: .*hf download"
+    ):
         made.load("cpu")
 
 
@@ -165,6 +158,9 @@ def test_weights_that_are_not_there_are_named(objective, file):
         ("style:drak", "pictures", "Did you mean 'dark'"),
         ("style", "clips", "has no styles"),
         ("clip_image", None, "clip_image:FILE"),
+        ("aesthetic:v2", None, "takes no argument"),
+        ("dimension:aesthetic_qualty", None, "Did you mean 'aesthetic_quality'"),
+        ("dimension", None, "unknown dimension ''"),
         ("clip_image:none.png", None, "'none.png' is no file"),
     ],
 )
@@ -217,6 +213,6 @@ def test_drawn_prompts_follow_from_their_seed():
 
 
 def test_every_objective_says_what_it_is():
-    for name, cls in OBJECTIVES.items():
-        assert cls.name == name
-        assert cls.__doc__
+    assert list_objectives() == [
+        "aesthetic", "clip_image", "clip_text", "dimension", "following", "pickscore", "style",
+    ]  # fmt: skip

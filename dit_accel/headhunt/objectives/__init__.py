@@ -1,25 +1,24 @@
 """What a search can look for, by name.
 
 A name may go with an argument: ``style:dark``, ``clip_image:picture.png``, ``pickscore:FOLDER``.
+Another package can bring objectives through the entry point group ``dit_accel.objectives``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
+
 from dit_accel.errors import OptionError, did_you_mean
 from dit_accel.headhunt.objectives.base import Entry, Objective
-from dit_accel.headhunt.objectives.drawn import Following, Style
-from dit_accel.headhunt.objectives.networks import (
-    Aesthetic,
-    ClipImage,
-    ClipText,
-    PickScore,
-)
+from dit_accel.registry import discover
 
-__all__ = ["OBJECTIVES", "Entry", "Objective", "make_objective"]
+__all__ = ["Entry", "Objective", "list_objectives", "make_objective"]
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls for cls in (Following, Style, PickScore, ClipText, ClipImage, Aesthetic)
-}
+
+def list_objectives() -> list[str]:
+    """Return the names of all objectives, sorted."""
+    return sorted(_objectives())
 
 
 def make_objective(text: str, world: str | None = None) -> Objective:
@@ -33,6 +32,12 @@ def make_objective(text: str, world: str | None = None) -> Objective:
         OptionError: if there is no such objective, or it can't be used so.
     """
     name, _, argument = text.partition(":")
-    if name not in OBJECTIVES:
-        raise OptionError(f"unknown objective {name!r}.{did_you_mean(name, OBJECTIVES)}")
-    return OBJECTIVES[name](argument or None, world)
+    found = _objectives().get(name)
+    if found is None:
+        raise OptionError(f"unknown objective {name!r}.{did_you_mean(name, _objectives())}")
+    return found(argument or None, world)
+
+
+@lru_cache(maxsize=1)
+def _objectives() -> Mapping[str, type[Objective]]:
+    return discover(__name__, Objective, "dit_accel.objectives")  # type: ignore[type-abstract]

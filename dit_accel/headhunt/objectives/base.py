@@ -55,7 +55,8 @@ class Objective(ABC):
         """Load what it needs, before the model to search is loaded.
 
         Raises:
-            OptionError: if that can't be had; the message names it.
+            OptionError: if a file that was given is not what it should be.
+            BackboneError: if a network can't be had; the message names it.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""Networks that judge pictures, from the hub or a folder: CLIP, PickScore, LAION's aesthetics.
+"""Networks that compare pictures with texts or pictures, from the hub or a folder: CLIP, PickScore.
 
 They see at most `FRAMES` frames of a video, evenly spread, and a video's score is their mean.
 """
@@ -6,15 +6,15 @@ They see at most `FRAMES` frames of a video, evenly spread, and a video's score 
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dit_accel.errors import OptionError
+from dit_accel.errors import BackboneError, OptionError
 from dit_accel.headhunt.objectives.base import Entry, Objective
 
 FRAMES = 8
@@ -63,23 +63,20 @@ class _ClipObjective(Objective):
         scores: list[float] = self.judge(outputs).float().view(len(frames), -1).mean(1).tolist()
         return scores
 
+    @abstractmethod
     def judge(self, outputs: Any) -> Tensor:
         """Return a score per picture, ``[B]``, from CLIP's outputs."""
-        raise NotImplementedError
 
     def _from_pretrained(self, cls: Any, source: str) -> Any:
         try:
             return cls.from_pretrained(source)
         except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise self._missing(source, error) from error
-
-    def _missing(self, source: str, error: Exception) -> OptionError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return OptionError(
-            f"objective {self.name!r} needs {source}, which can't be loaded: {reason} Fetch it "
-            f"with `hf download {source}`, or take an objective that needs no weights, such as "
-            "'following' on bundled models."
-        )
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BackboneError(
+                f"objective {self.name!r} needs {source}, which can't be loaded: {reason} Fetch it "
+                f"with `hf download {source}`, or take an objective that needs no weights, such "
+                "as 'following' on bundled models."
+            ) from error
 
 
 class ClipText(_ClipObjective):
@@ -156,58 +153,3 @@ class ClipImage(_ClipObjective):
     def judge(self, outputs: Any) -> Tensor:
         """See `_ClipObjective.judge`."""
         return torch.cosine_similarity(outputs.image_embeds, self.reference)
-
-
-class Aesthetic(_ClipObjective):
-    """LAION's aesthetic score: a stack of linear layers on CLIP ViT-L/14's view of a picture.
-
-    The argument is the predictor's file of weights; without, the hub's copy.
-    """
-
-    name: ClassVar[str] = "aesthetic"
-    hub_head: ClassVar[tuple[str, str]] = (
-        "trl-lib/ddpo-aesthetic-predictor",
-        "aesthetic-model.pth",
-    )
-
-    @property
-    def sources(self) -> tuple[str, str]:
-        """See `_ClipObjective.sources`."""
-        return self.hub_model, self.hub_processor
-
-    def load(self, device: str) -> None:
-        """See `Objective.load`."""
-        from huggingface_hub import hf_hub_download
-
-        name = self.argument or "/".join(self.hub_head)
-        try:
-            file = self.argument or hf_hub_download(*self.hub_head)
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-            self.head = aesthetic_predictor(weights).to(device)
-        except Exception as error:  # a damaged file fails in many ways
-            raise self._missing(name, error) from error
-        super().load(device)
-
-    def judge(self, outputs: Any) -> Tensor:
-        """See `_ClipObjective.judge`."""
-        with torch.no_grad():
-            scores: Tensor = self.head(nn.functional.normalize(outputs.image_embeds, dim=-1))[:, 0]
-        return scores
-
-
-def aesthetic_predictor(weights: dict[str, Tensor]) -> nn.Module:
-    """Return LAION's predictor with its weights; dropout, which only trains, is left out.
-
-    Raises:
-        RuntimeError: if these are other weights.
-    """
-    sizes = (768, 1024, 128, 64, 16, 1)
-    layers = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(sizes)))
-    # Named as in a stack where dropout follows each of the first three.
-    places = dict(zip((0, 2, 4, 6, 7), range(5), strict=True))
-    named = {
-        f"{places[int(key.split('.')[1])]}.{key.split('.')[2]}": value
-        for key, value in weights.items()
-    }
-    layers.load_state_dict(named)
-    return layers.eval()
