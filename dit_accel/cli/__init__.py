@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from dit_accel.cli import bench, caching, evaluation, generate, inspection
+from dit_accel.cli import bench, caching, evaluation, generate, headhunt, inspection
 from dit_accel.cli.output import complain
 from dit_accel.errors import DitAccelError
 
@@ -22,6 +22,7 @@ app.add_typer(evaluation.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.command("profile")(caching.profile)
 app.command("calibrate")(caching.calibrate)
+app.command("headhunt")(headhunt.headhunt)
 app.command("methods")(inspection.methods)
 app.command("families")(inspection.families)
 app.command("doctor")(inspection.doctor)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dit_accel import compat
 from dit_accel.errors import ContextParallelError, OptionError
 from dit_accel.guidance.base import Perturbation, Switch, check_layers
+from dit_accel.pipelines.base import PipelineFamily
 from dit_accel.session import Forward, Seam, is_compiled
 
 Target = Literal["identity", "uniform", "query_mean"]
@@ -28,22 +29,22 @@ HeadStrengths = Mapping[int, Mapping[int, float]]
 """Strength by layer and head."""
 
 
-def attention_of(seam: Seam, transformer: nn.Module) -> list[tuple[int, Any]]:
+def attention_of(family: PipelineFamily, transformer: nn.Module) -> list[tuple[int, Any]]:
     """Return each block's self-attention and its number among the family's attention layers.
 
     Where a block has two (Stable Diffusion 3.5), the first, joint one.
     """
-    layers = seam.family.attention_layers(transformer)
+    layers = family.attention_layers(transformer)
     found = []
-    for block in seam.family.blocks(transformer):
+    for block in family.blocks(transformer):
         inside = {id(module) for module in block.modules()}
         found.append(next((i, layer) for i, layer in enumerate(layers) if id(layer) in inside))
     return found
 
 
-def heads_per_layer(seam: Seam, transformer: nn.Module) -> int:
+def heads_per_layer(family: PipelineFamily, transformer: nn.Module) -> int:
     """Return how many heads a transformer's self-attention has."""
-    return int(attention_of(seam, transformer)[0][1].heads)
+    return int(attention_of(family, transformer)[0][1].heads)
 
 
 @dataclass
@@ -86,7 +87,8 @@ class HeadPerturbation(Perturbation):
         seam: Seam,
         switch: Switch,
     ) -> None:
-        attention, blocks = attention_of(seam, transformer), seam.family.blocks(transformer)
+        family = seam.family
+        attention, blocks = attention_of(family, transformer), family.blocks(transformer)
         check_layers(list(heads), transformer, len(blocks))
         super().__init__(first=min(heads))
         self.target, self.scope, self.seam, self.switch = target, scope, seam, switch

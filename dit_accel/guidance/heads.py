@@ -1,26 +1,30 @@
-"""Lists of attention heads: as options and as JSON files that know their model."""
+"""Lists of attention heads: as options, as JSON files that know their model, and by name."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dit_accel.errors import OptionError
+from dit_accel.errors import OptionError, did_you_mean
 from dit_accel.files import write_text
 from dit_accel.guidance.attention import heads_per_layer
-from dit_accel.session import Seam
+from dit_accel.pipelines.base import PipelineFamily
 
 Head = tuple[int, int]
 """Layer (block in running order) and head, from 0."""
 
 VERSION = 1
+SETS_FOLDER = "heads"
+"""Folder beside a model's ``model_index.json`` with files of heads, found by their names."""
 _PAIRS = re.compile(r"\s*\d+:\d+(\s*,\s*\d+:\d+)*\s*")
+_NAME = re.compile(r"[A-Za-z][\w-]*")
+_NUMBERS = re.compile(r"\[[\s\d.,e+-]*\]")  # a list of them, however broken into lines
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,18 @@ class HeadFile:
         model: what `model_identity` returns.
         perturbation: under which they were found.
         scope: likewise.
+        strength: that suits them; None if it is not known.
+        scale: likewise.
+        found: how they were found, for people.
     """
 
     heads: tuple[Head, ...]
     model: Mapping[str, Any]
     perturbation: str
     scope: str
+    strength: float | None = None
+    scale: float | None = None
+    found: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> HeadFile:
@@ -53,8 +63,15 @@ class HeadFile:
                     f"{path} has version {content['version']!r} of a list of heads; this "
                     f"dit-accel reads version {VERSION}."
                 )
-            heads = tuple(tuple(head) for head in content["heads"])
-            return cls(heads, content["model"], content["perturbation"], content["scope"])
+            return cls(
+                tuple(tuple(head) for head in content["heads"]),
+                content["model"],
+                content["perturbation"],
+                content["scope"],
+                content.get("strength"),
+                content.get("scale"),
+                content.get("found", {}),
+            )
         except OSError as error:
             raise OptionError(
                 f"heads={str(path)!r}: no such file can be read. Give a JSON file of heads, pairs "
@@ -69,11 +86,17 @@ class HeadFile:
         """Write a file."""
         content = {"version": VERSION, "model": dict(self.model), "heads": self.heads}
         content |= {"perturbation": self.perturbation, "scope": self.scope}
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        content |= {"strength": self.strength, "scale": self.scale, "found": dict(self.found)}
+        text = json.dumps(content, indent=1, allow_nan=False)
+        flat = _NUMBERS.sub(lambda match: " ".join(match.group().split()), text)
+        write_text(path, flat + "\n")
 
-    def check(self, transformer: nn.Module, seam: Seam, perturbation: str, scope: str) -> None:
+    def check(
+        self, family: PipelineFamily, transformer: nn.Module, perturbation: str, scope: str
+    ) -> None:
         """Raise `OptionError` if the heads were found for something else."""
-        here = {**model_identity(transformer, seam), "perturbation": perturbation, "scope": scope}
+        here = model_identity(family, transformer)
+        here |= {"perturbation": perturbation, "scope": scope}
         found = {**self.model, "perturbation": self.perturbation, "scope": self.scope}
         for name, value in here.items():
             if found.get(name) != value:
@@ -83,13 +106,38 @@ class HeadFile:
                 )
 
 
-def model_identity(transformer: nn.Module, seam: Seam) -> dict[str, Any]:
+def model_identity(family: PipelineFamily, transformer: nn.Module) -> dict[str, Any]:
     """Return what tells a transformer's heads from those of others, as JSON-ready values."""
     return {
         "transformer": type(transformer).__name__,
-        "layers": len(seam.family.blocks(transformer)),
-        "heads": heads_per_layer(seam, transformer),
+        "layers": len(family.blocks(transformer)),
+        "heads": heads_per_layer(family, transformer),
     }
+
+
+def is_name(heads: object) -> bool:
+    """Whether heads are given by the name of a set that a model's folder brings."""
+    return isinstance(heads, str) and _NAME.fullmatch(heads) is not None
+
+
+def named_heads(pipe: Any, name: str) -> Path:
+    """Return the file of the set of heads that the folder of ``pipe`` brings under a name.
+
+    Raises:
+        OptionError: if there is none; the message lists those that there are.
+    """
+    folder = Path(getattr(pipe, "config", {}).get("_name_or_path") or "")
+    sets = {path.stem: path for path in sorted((folder / SETS_FOLDER).glob("*.json"))}
+    if name in sets:
+        return sets[name]
+    if not sets:
+        raise OptionError(
+            f"heads={name!r}: this model's folder brings no sets of heads. Search for one with "
+            "`dit-accel headhunt`, or give pairs such as [(12, 3), (12, 7)]."
+        )
+    raise OptionError(
+        f"heads={name!r}: this model's folder brings no such set.{did_you_mean(name, sets)}"
+    )
 
 
 def settle_heads(heads: object) -> tuple[tuple[Head, ...], HeadFile | None]:

@@ -44,5 +44,5 @@ class PAG(Guidance):
 
     def perturb(self, transformer: nn.Module, seam: Seam, switch: Switch) -> Perturbation:
         """See `Guidance.perturb`."""
-        heads = all_heads(self.layers, heads_per_layer(seam, transformer), 1.0)
+        heads = all_heads(self.layers, heads_per_layer(seam.family, transformer), 1.0)
         return HeadPerturbation(heads, self.target, self.scope, transformer, seam, switch)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,46 @@ def fixed_prompts(world: str) -> list[dict[str, Any]]:
     path = Path(__file__).with_name("prompts") / f"{world}.json"
     entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return entries
+
+
+def sample_prompts(
+    world: str, count: int, seed: int, style: str | None = None
+) -> list[dict[str, Any]]:
+    """Return captions of random scenes in the form of `fixed_prompts`, all different.
+
+    Args:
+        world: its name.
+        count: how many.
+        seed: says which.
+        style: the style of all pictures; None leaves it to chance. Clips have none.
+
+    Raises:
+        OptionError: if there is no such world, or it has no such style.
+    """
+    check_world(world)
+    rng = random.Random(seed)
+    found: dict[str, dict[str, Any]] = {}
+    if world == "clips":
+        from dit_accel.world import clips
+
+        if style is not None:
+            raise OptionError(f"clips have no styles: leave {style=} out.")
+        while len(found) < count:
+            clip = clips.sample_scene(rng)
+            found.setdefault(text := clips.caption(clip), {"prompt": text, **asdict(clip)})
+        return list(found.values())
+    from dit_accel.world import pictures
+
+    if style is not None and style not in pictures.STYLES:
+        raise OptionError(f"no style {style!r}.{did_you_mean(style, pictures.STYLES)}")
+    while len(found) < count:
+        picture = pictures.sample_scene(rng)
+        if style is not None:
+            if style == "outlined" and any(thing.colour == "white" for thing in picture.things):
+                continue  # outlines are white
+            picture = replace(picture, style=style)
+        found.setdefault(text := pictures.caption(picture), {"prompt": text, **asdict(picture)})
+    return list(found.values())
 
 
 def unknown_words(world: str, text: str) -> list[str]:

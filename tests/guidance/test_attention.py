@@ -11,6 +11,7 @@ from tiny_pipelines import run_tiny
 from torch import Tensor
 
 from dit_accel import accelerate_pipeline
+from dit_accel.acceleration import family_of
 from dit_accel.guidance.attention import attention_of
 from dit_accel.guidance.reference import perturbed_attention
 from dit_accel.runtime import Runtime
@@ -31,7 +32,7 @@ def outputs(name: str, layer: int, monkeypatch: Any, **options: Any) -> tuple[Te
         subject.pipe, ["dense", "softpag"], heads=[(layer, 0), (layer, 1)], min_tokens=0,
         strength=STRENGTH, **options,
     )  # fmt: skip
-    index, attn = attention_of(subject.pipe._dit_accel.runtime.seam, transformer)[layer]
+    index, attn = attention_of(family_of(subject.pipe), transformer)[layer]
     for out in (getattr(attn, "to_out", None), getattr(attn, "to_add_out", None)):
         linear = out[0] if isinstance(out, torch.nn.ModuleList) else out
         if linear is not None:

@@ -10,6 +10,7 @@ from cache_subjects import Subject
 from tiny_pipelines import TINY_PIPELINES, run_tiny
 
 from dit_accel import accelerate_pipeline
+from dit_accel.acceleration import family_of
 from dit_accel.errors import OptionError
 from dit_accel.guidance.heads import HeadFile, model_identity
 
@@ -59,8 +60,7 @@ def test_a_file_of_heads_knows_its_model(tmp_path):
     subject = Subject("wan")
     accelerate_pipeline(subject.pipe, "softpag", heads="1:0,2:1")
     out = run_tiny(subject.pipe, subject.arguments)
-    seam = subject.pipe._dit_accel.runtime.seam
-    identity = model_identity(subject.pipe.transformer, seam)
+    identity = model_identity(family_of(subject.pipe), subject.pipe.transformer)
     path = tmp_path / "heads.json"
     HeadFile(((1, 0), (2, 1)), identity, "identity", "joint").write(path)
     accelerate_pipeline(subject.pipe, "softpag", heads=str(path))
