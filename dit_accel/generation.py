@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,6 +69,25 @@ class Generation:
     """
 
     frames: Tensor
+    total_s: float
+    denoise_s: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Videos or images generated at once, on the CPU.
+
+    Attributes:
+        frames: ``[B, T, 3, H, W]`` in [0, 1], in the pipeline's dtype; images have T = 1.
+        latents: of the last step, ``[B, ...]`` as the pipeline lays them out.
+        steps: denoising steps.
+        total_s: seconds for the whole pipeline call, for all of them together.
+        denoise_s: seconds from the first transformer call to the end of the last step, likewise.
+    """
+
+    frames: Tensor
+    latents: Tensor
+    steps: int
     total_s: float
     denoise_s: float
 
@@ -168,6 +187,50 @@ def generate(
     return _generate(pipe, request, stage, progress)
 
 
+def generate_batch(
+    pipe: Any,
+    requests: Sequence[GenerationRequest],
+    *,
+    stage: str = "steps of the batch",
+    progress: Progress | None = None,
+) -> Batch:
+    """Generate requests that differ in prompt and seed alone, each from its own seed's noise."""
+    output, stopwatch = _run_batch(pipe, requests, stage, progress, "pt")
+    frames = output.frames if hasattr(output, "frames") else output.images[:, None]
+    return Batch(
+        frames.cpu(),
+        stopwatch.latents.cpu(),
+        stopwatch.steps,
+        stopwatch.total_s,
+        stopwatch.denoise_s,
+    )
+
+
+def warm_up_batch(
+    pipe: Any,
+    requests: Sequence[GenerationRequest],
+    *,
+    stage: str,
+    progress: Progress | None = None,
+) -> None:
+    """Run one step of what `generate_batch` would, and decode it where the first time is slower."""
+    requests = [replace(request, steps=1) for request in requests]
+    _run_batch(pipe, requests, stage, progress, _warm_up_output(pipe))
+
+
+def _run_batch(
+    pipe: Any,
+    requests: Sequence[GenerationRequest],
+    stage: str,
+    progress: Progress | None,
+    output_type: str,
+) -> tuple[Any, _Stopwatch]:
+    arguments = pipeline_arguments(pipe, requests[0])
+    arguments["prompt"] = [request.prompt for request in requests]
+    noise = [torch.Generator().manual_seed(request.seed) for request in requests]
+    return _call(pipe, arguments, noise, stage, progress, output_type)
+
+
 def _generate(
     pipe: Any, request: GenerationRequest, stage: str, progress: Progress | None
 ) -> Generation:
@@ -234,12 +297,23 @@ def _run(
     progress: Progress | None,
     output_type: str = "pt",
 ) -> tuple[Any, _Stopwatch]:
-    arguments = pipeline_arguments(pipe, request)
+    noise = torch.Generator().manual_seed(request.seed)
+    return _call(pipe, pipeline_arguments(pipe, request), noise, stage, progress, output_type)
+
+
+def _call(
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    noise: torch.Generator | list[torch.Generator],
+    stage: str,
+    progress: Progress | None,
+    output_type: str,
+) -> tuple[Any, _Stopwatch]:
     pipe.set_progress_bar_config(disable=True)
     with _Stopwatch(pipe, stage, progress) as stopwatch:
         output = pipe(
             **arguments,
-            generator=torch.Generator().manual_seed(request.seed),
+            generator=noise,
             output_type=output_type,
             callback_on_step_end=stopwatch.step_end,
         )
@@ -247,9 +321,12 @@ def _run(
 
 
 def _warm_up(pipe: Any, request: GenerationRequest, stage: str, progress: Progress | None) -> None:
-    """Run one step. Decoding is warmed up only where its first run is slower: on a GPU."""
-    output_type = "latent" if pipe.device.type == "cpu" else "pt"
-    _run(pipe, replace(request, steps=1), stage, progress, output_type)
+    _run(pipe, replace(request, steps=1), stage, progress, _warm_up_output(pipe))
+
+
+def _warm_up_output(pipe: Any) -> str:
+    """Decoding is warmed up only where its first run is slower: on a GPU."""
+    return "latent" if pipe.device.type == "cpu" else "pt"
 
 
 class _Stopwatch:
@@ -258,6 +335,8 @@ class _Stopwatch:
     def __init__(self, pipe: Any, stage: str, progress: Progress | None) -> None:
         self.stage, self.progress = stage, progress
         self.total_s = self.denoise_s = 0.0
+        self.steps = 0
+        self.latents: Any = None
         self._pipe = pipe
         self._first_call: float | None = None
 
@@ -287,6 +366,7 @@ class _Stopwatch:
     ) -> dict[str, Any]:
         if self._first_call is not None:
             self.denoise_s = _now() - self._first_call
+        self.steps, self.latents = step + 1, kwargs.get("latents")
         if self.progress is not None:
             self.progress(self.stage, step + 1, pipe.num_timesteps)
         return kwargs

@@ -10,6 +10,7 @@ from typing import Any
 from dit_accel.bench.isolated import Bench, Direct, Isolated
 from dit_accel.bench.measuring import Row, now, write_json
 from dit_accel.errors import OptionError
+from dit_accel.journal import as_read_back, refuse_other
 
 SAME = ("gpu", "torch", "triton", "cudnn", "dense_backend", "seed")
 """Fields of a manifest in which a run must agree with the one it goes on with."""
@@ -34,8 +35,7 @@ class ResultFile:
         restart: bool = False,
     ) -> None:
         self.output = output
-        # As JSON gives it back: tuples are lists there.
-        settings = json.loads(json.dumps(settings))
+        settings = as_read_back(settings)
         self.content: Row = {"kind": kind, "manifest": manifest, "settings": settings, "rows": []}
         if output is not None and output.exists() and not restart:
             self.content = self._read(output)
@@ -73,15 +73,9 @@ class ResultFile:
                 f"output {str(output)!r} is no result of `dit-accel bench`: give another name, or "
                 "--force to replace it."
             ) from None
-        different = [name for name in SAME if about.get(name) != mine["manifest"].get(name)]
-        different += [k for k, v in mine["settings"].items() if settings.get(k) != v]
-        if kind != mine["kind"]:
-            different = ["kind of bench"]
-        if different:
-            raise OptionError(
-                f"output {str(output)!r} was made with another {', '.join(different)}: give "
-                "another name, or --force to start it again."
-            )
+        refuse_other(output, {"kind of bench": kind}, {"kind of bench": mine["kind"]})
+        same = {name: mine["manifest"].get(name) for name in SAME}
+        refuse_other(output, {**about, **settings}, {**same, **mine["settings"]})
         return {**mine, "rows": rows}
 
 

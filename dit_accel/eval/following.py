@@ -5,73 +5,54 @@ The i-th prompt always starts from seed i, drawn on the CPU, so a model's figure
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from dit_accel.acceleration import accelerate_pipeline, acceleration_report
 from dit_accel.environment import environment
 from dit_accel.errors import OptionError
 from dit_accel.eval.contact_sheet import ContactSheet
+from dit_accel.eval.settings import ModelSettings
 from dit_accel.files import write_text
-from dit_accel.generation import GenerationRequest, Progress, makes_video, pipeline_arguments
-from dit_accel.models import (
-    generation_defaults,
-    load_pipeline,
-    locate_model,
-    pipeline_class,
-    pipeline_outline,
+from dit_accel.generation import (
+    GenerationRequest,
+    Progress,
+    generate_batch,
+    makes_video,
+    pipeline_arguments,
 )
+from dit_accel.journal import as_read_back, refuse_other
+from dit_accel.models import generation_defaults, load_pipeline, pipeline_class, pipeline_outline
 from dit_accel.world.worlds import fixed_prompts, make_reader, shares_right
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FollowingRun:
-    """What to measure prompt following of; None leaves a setting to the model.
+class FollowingRun(ModelSettings):
+    """What to measure prompt following of, beside the settings of a model of a drawn world.
 
     Attributes:
-        model: a model with a drawn world: a bundled one, or a folder with a ``dit_accel.json``.
         prompts: only the first so many; None takes all.
-        steps, guidance, frames, height, width: as in `GenerationRequest`.
-        batch: prompts generated at once.
         method: a method, or several with commas; "dense" without options leaves the pipeline as
             it is.
         options: keyword arguments for `accelerate_pipeline`.
-        device: a torch device.
-        dtype: of the weights; see `load_pipeline`.
 
     Raises:
         OptionError: if a number is impossible, or the model belongs to no drawn world.
     """
 
-    model: str
     prompts: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    batch: int = 4
     method: str = "dense"
     options: Mapping[str, Any] = field(default_factory=dict)
-    device: str = "cpu"
-    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without the model."""
-        for name in ("prompts", "batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name}={value} must be at least 1.")
+        self.check_counts("prompts", "batch")
         self.requests()
 
     @property
@@ -91,33 +72,12 @@ class FollowingRun:
 
     def requests(self) -> list[GenerationRequest]:
         """Return what to generate for each of them."""
-        defaults = generation_defaults(self.model)
-        settings = {}
-        for name in ("steps", "guidance", "frames", "height", "width"):
-            given = getattr(self, name)
-            settings[name] = getattr(defaults, name) if given is None else given
-        return [
-            GenerationRequest(prompt=entry["prompt"], seed=seed, **settings)
-            for seed, entry in enumerate(self.entries())
-        ]
+        return [self.request(entry["prompt"], i) for i, entry in enumerate(self.entries())]
 
     def settings(self) -> Row:
         """Return all that a prompt's row depends on, ready for JSON."""
-        request = asdict(self.requests()[0])
-        for name in ("prompt", "negative_prompt", "seed"):
-            del request[name]
-        settings = {
-            "model": self.model,
-            "weights_sha256": _weights_digest(self.model),
-            "world": self.world,
-            **request,
-            "method": self.method,
-            "options": dict(self.options),
-            "device": torch.device(self.device).type,
-            "dtype": "auto" if self.dtype is None else str(self.dtype),
-        }
-        cleaned: Row = json.loads(json.dumps(settings))  # tuples become lists, as when read back
-        return cleaned
+        about = {"world": self.world, "method": self.method, "options": dict(self.options)}
+        return self.described() | as_read_back(about)
 
 
 def measure_following(
@@ -174,7 +134,7 @@ def measure_following(
     for start in range(len(rows), len(entries), run.batch):
         batch = requests[start : start + run.batch]
         began = time.perf_counter()
-        generated = _generate_batch(pipe, batch, progress)
+        generated = generate_batch(pipe, batch, progress=progress).frames.float()
         shared: Row = {"generate_s": round((time.perf_counter() - began) / len(batch), 2)}
         if accelerated:
             shared["density"] = acceleration_report(pipe).density
@@ -195,29 +155,6 @@ def measure_following(
     return content
 
 
-def _generate_batch(
-    pipe: Any, requests: Sequence[GenerationRequest], progress: Progress | None
-) -> Tensor:
-    """Generate requests that differ in prompt and seed alone: ``[B, T, 3, H, W]`` on the CPU."""
-
-    def step_end(pipe: Any, step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if progress is not None:
-            progress("steps of the batch", step + 1, pipe.num_timesteps)
-        return kwargs
-
-    pipe.set_progress_bar_config(disable=True)
-    arguments = pipeline_arguments(pipe, requests[0])
-    arguments["prompt"] = [request.prompt for request in requests]
-    output = pipe(
-        **arguments,
-        generator=[torch.Generator().manual_seed(request.seed) for request in requests],
-        output_type="pt",
-        callback_on_step_end=step_end,
-    )
-    frames = output.frames if hasattr(output, "frames") else output.images[:, None]
-    return frames.float().cpu()
-
-
 def _read_output(path: Path, settings: Row) -> Row:
     """Return what an earlier run wrote, if it was made with these settings."""
     try:
@@ -228,18 +165,5 @@ def _read_output(path: Path, settings: Row) -> Row:
             f"output {str(path)!r} is no result of `eval follow`: give another name, or --force "
             "to replace it."
         ) from None
-    different = [name for name, value in settings.items() if earlier.get(name) != value]
-    if different:
-        raise OptionError(
-            f"output {str(path)!r} was made with another {', '.join(different)}: give another "
-            "name, or --force to start it again."
-        )
+    refuse_other(path, earlier, settings)
     return content
-
-
-def _weights_digest(model: str) -> str:
-    """Return what tells these weights from others under the same name."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(locate_model(model)).glob("*/*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

@@ -11,8 +11,8 @@ from tiny_pipelines import TINY_PIPELINES
 
 from dit_accel.errors import OptionError
 from dit_accel.eval.contact_sheet import FRAMES, ROW, SIDE, ContactSheet
-from dit_accel.eval.following import FollowingRun, _generate_batch
-from dit_accel.generation import GenerationRequest, generate, makes_video
+from dit_accel.eval.following import FollowingRun
+from dit_accel.generation import GenerationRequest, generate, generate_batch, makes_video
 from dit_accel.world.worlds import fixed_prompts
 
 
@@ -25,11 +25,14 @@ def test_a_batch_gives_what_single_runs_give(family):
     )
     second = replace(first, prompt="two blue squares", seed=1)
     steps = []
-    batch = _generate_batch(pipe, [first, second], lambda *told: steps.append(told))
+    made = generate_batch(pipe, [first, second], progress=lambda *told: steps.append(told))
+    batch = made.frames.float()
+    assert made.steps == 2
+    assert len(made.latents) == 2
     assert batch.shape == (2, frames or 1, 3, 64, 96)
     assert [(step, of) for _, step, of in steps] == [(1, 2), (2, 2)]
-    for made, request in zip(batch, (first, second), strict=True):
-        torch.testing.assert_close(made, generate(pipe, request).frames, atol=1e-3, rtol=0)
+    for one, request in zip(batch, (first, second), strict=True):
+        torch.testing.assert_close(one, generate(pipe, request).frames, atol=1e-3, rtol=0)
 
 
 def test_each_prompt_has_its_own_seed_and_the_model_its_settings():
