@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from dit_accel.cli.eval_tables import summary_table
+from dit_accel.cli.eval_tables import comparison_table, summary_table
 from dit_accel.cli.options import GENERAL, method_hints, names_of, parse_options, pick_dtype
 from dit_accel.cli.output import plain_warnings, print_json, progress_bars, quieten_libraries
 from dit_accel.errors import OptionError, did_you_mean
 
 if TYPE_CHECKING:
     from dit_accel.eval.candidates import Candidate
+    from dit_accel.eval.comparing import Comparison
 
 
 def run(
@@ -79,6 +81,7 @@ def run(
     """
     if context.invoked_subcommand is not None:
         return
+    from dit_accel.eval.results import RESULTS_FILE
     from dit_accel.eval.runner import REPORT_FILE, EvalRun, run_evaluation
     from dit_accel.eval.share import join_processes
     from dit_accel.eval.suites import load_suite
@@ -117,9 +120,67 @@ def run(
     else:
         console = _console()
         console.print(summary_table(results))
-        for text in [*results["problems"], f"wrote {folder / REPORT_FILE} and results.json"]:
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-    if results["problems"]:
+        line = f"wrote {folder / REPORT_FILE} and {RESULTS_FILE}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    _end(results["problems"])
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="A run's folder or results.json.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Compare two runs, prompt by prompt, on what they share. Code 1 if anything is left out."""
+    from dit_accel.eval.comparing import compare_runs
+    from dit_accel.eval.results import read_results
+
+    _show(compare_runs(read_results(first), read_results(second)), (first, second), as_json)
+
+
+def check(
+    run: Annotated[Path, typer.Argument(help="A run's folder or results.json.")],
+    against: Annotated[Path, typer.Option("--against", help="The run that sets the standard.")],
+    max_psnr_drop: Annotated[float, typer.Option(help="dB, in the mean of a method.")] = 0.5,
+    max_ssim_drop: Annotated[float | None, typer.Option(help="Likewise; any by default.")] = None,
+    max_following_drop: Annotated[
+        float | None, typer.Option(help="Of the share of attributes; any by default.")
+    ] = None,
+    max_slowdown: Annotated[
+        float | None, typer.Option(help="Share of the time per sample; any by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Check that RUN is hardly worse than a baseline, for continuous integration.
+
+    Code 1, and a line for each reason, if a method lost more than allowed, or the run lacks
+    methods or prompts that the baseline has.
+    """
+    from dit_accel.eval.comparing import Limits, check_run
+    from dit_accel.eval.results import read_results
+
+    limits = Limits(
+        psnr_drop=max_psnr_drop,
+        ssim_drop=max_ssim_drop,
+        following_drop=max_following_drop,
+        slowdown=max_slowdown,
+    )
+    _show(check_run(read_results(run), read_results(against), limits), (against, run), as_json)
+
+
+def _show(comparison: Comparison, runs: tuple[Path, Path], as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(comparison))
+    else:
+        _console().print(comparison_table(comparison.rows, runs))
+    _end(comparison.problems)
+
+
+def _end(problems: Sequence[str]) -> None:
+    """Name what went wrong, and end with code 1 if anything did."""
+    console = Console(stderr=True)
+    for problem in problems:
+        console.print(f"problem: {problem}", markup=False, highlight=False, soft_wrap=True)
+    if problems:
         raise typer.Exit(1)
 
 
@@ -161,7 +222,8 @@ def _options_by_method(
             )
     return {
         name: parse_options(
-            name.replace("+", ","), [a for a in assignments if _option_of(a) in valid[name]]
+            name.replace("+", ","),
+            [_without_owner(a) for a in assignments if _option_of(a) in valid[name]],
         )
         for name in methods
     }
@@ -175,8 +237,14 @@ def _option_names(method: str) -> set[str]:
         own = method_hints(name)
         found |= {*own, *(f"{name}.{option}" for option in own)}
         if method_class(name).kind == "attention":
-            found |= set(GENERAL)
+            found |= {*GENERAL, *(f"{name}.{option}" for option in GENERAL)}
     return found
+
+
+def _without_owner(assignment: str) -> str:
+    """Return ``density=0.3`` for ``radial.density=0.3``: there it is no method's own option."""
+    owner, _, rest = assignment.partition(".")
+    return rest if _option_of(rest) in GENERAL and "=" not in owner else assignment
 
 
 def _option_of(assignment: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -29,16 +30,19 @@ def summary_table(results: Row) -> Table:
     return table
 
 
-def comparison_table(comparison: Sequence[Row], names: tuple[str, str]) -> Table:
+def comparison_table(rows: Sequence[Row], runs: Sequence[Path]) -> Table:
     """Return one row for each method and metric that two runs share."""
-    table = Table("method", "metric", "prompts", *names, "difference", caption="second less first")
-    for row in comparison:
+    first, second = runs
+    caption = f"first: {first}\nsecond: {second}\nsecond less first, 95 % interval over prompts"
+    table = Table("method", "metric", "prompts", "first", "second", "difference", caption=caption)
+    for row in rows:
         low, high = row["delta_interval"]
         table.add_row(
             row["method"],
             row["title"],
             str(row["prompts"]),
-            *(f"{row[name]:.4g}" for name in ("first", "second")),
+            f"{row['first']:.4g}",
+            f"{row['second']:.4g}",
             f"{row['delta']:+.4g} ({low:+.4g} to {high:+.4g})",
         )
     return table

@@ -139,8 +139,9 @@ def run_evaluation(
     shutil.rmtree(folder / REFERENCES, ignore_errors=True)
     for partial in (folder / CLIPS).glob("*/.*"):  # of processes that were killed
         partial.unlink(missing_ok=True)
-    content = build_results(
-        journal.rows(), entries=run.suite.entries, labels=[c.label for c in run.candidates]
+    labels = [candidate.label for candidate in run.candidates]
+    content: Row = as_read_back(
+        build_results(journal.rows(), entries=run.suite.entries, labels=labels)
     )
     write_results(content, folder / RESULTS_FILE)
     write_report(content, folder / REPORT_FILE)
