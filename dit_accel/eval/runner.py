@@ -24,7 +24,9 @@ from dit_accel.bench.measuring import guarded
 from dit_accel.environment import describe_device, environment
 from dit_accel.errors import OptionError
 from dit_accel.eval.candidates import Candidate
-from dit_accel.eval.measures import CONVENTIONS, fidelity_to_dense
+from dit_accel.eval.fidelity import fidelity
+from dit_accel.eval.lpips import Lpips, installed_lpips
+from dit_accel.eval.measures import CONVENTIONS
 from dit_accel.eval.report import write_report
 from dit_accel.eval.results import RESULTS_FILE, build_results, write_results
 from dit_accel.eval.sampling import PipelineSampler, Sampled, Sampler
@@ -281,11 +283,12 @@ class _Worker:
         if reference is not None:
             dense_frames, dense_latents = reference["frames"][place], reference["latents"][place]
             row["identical"] = torch.equal(frames, dense_frames)
-            row["fidelity"] = fidelity_to_dense(
+            row["fidelity"] = fidelity(
                 pixels,
                 self._ready(dense_frames),
-                self._ready(latents),
-                self._ready(dense_latents),
+                actual_latents=self._ready(latents),
+                dense_latents=self._ready(dense_latents),
+                lpips=self._lpips,
             )
         if self._read is not None and entry.scene is not None:
             marks = self._read(pixels, dict(entry.scene))
@@ -302,6 +305,10 @@ class _Worker:
     @cached_property
     def _read(self) -> Any:
         return make_reader(self._world, self._run.device) if self._world is not None else None
+
+    @cached_property
+    def _lpips(self) -> Lpips | None:
+        return installed_lpips(device=self._run.device)
 
     def _ready(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._run.device, torch.float32)
