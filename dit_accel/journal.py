@@ -55,9 +55,9 @@ class Journal:
                 while text:
                     text = text[os.write(handle, text) :]
                 os.fsync(handle)
-            except OSError:
+            except OSError as error:
                 os.ftruncate(handle, size)
-                raise
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
         finally:
             os.close(handle)
 

@@ -9,12 +9,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dit_accel.cli import scoring
+from dit_accel.cli import eval_run, scoring
 from dit_accel.cli.options import parse_options, pick_dtype
 from dit_accel.cli.output import plain_warnings, print_json, progress_bars, quieten_libraries
 from dit_accel.errors import OptionError
 
-app = typer.Typer(help="Measure what generations are worth.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
+app.callback(invoke_without_command=True)(eval_run.run)
+app.command("compare")(eval_run.compare)
+app.command("check")(eval_run.check)
 app.command("score")(scoring.score)
 app.command("export-vbench")(scoring.export_vbench)
 

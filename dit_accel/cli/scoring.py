@@ -108,7 +108,7 @@ def score(
 
 
 def export_vbench(
-    folder: Annotated[Path, typer.Argument(help="Of a run of `eval run`, or with videos.")],
+    folder: Annotated[Path, typer.Argument(help="Of a run of `dit-accel eval`, or with videos.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="An empty or new folder.")],
     method: Annotated[
         str | None, typer.Option(help="Of a run: this method's videos; else all, a folder each.")

@@ -55,7 +55,7 @@ def find_clips(folder: Path, *, prompts: Path | None = None) -> list[Clip]:
 
 
 def find_run_clips(folder: Path) -> dict[str, list[Clip]]:
-    """Return the clips of a run of ``dit-accel eval run``, by method.
+    """Return the clips of a run of ``dit-accel eval``, by method.
 
     Raises:
         OptionError: if its ``results.json`` isn't there or isn't that of a run.
