@@ -24,11 +24,11 @@ demo: $(READY)  ## one video twice, dense and accelerated
 app: $(READY)  ## the demo page, on http://127.0.0.1:7860
 	$(BIN)/python app.py
 
-# Some ten minutes on two CPU cores; without options benchmarks/quality.py measures more. Blocks
-# are small because the default model has only 2304 tokens.
-eval: $(READY)  ## what methods cost in quality, on a few prompts
-	$(BIN)/python benchmarks/quality.py --methods radial,gna --density 0.6 \
-		--set block_size=32 --prompts 2 --device cpu
+# Some ten minutes on two CPU cores. Blocks are small because the default model has only 2304
+# tokens. benchmarks/standard.py measures all methods and models, on a GPU.
+eval: $(READY)  ## what methods cost in quality, on a few prompts, with a report
+	$(BIN)/dit-accel eval --methods radial,gna --density 0.6 --block-size 32 --prompts 2 \
+		--device cpu --output outputs/eval
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
