@@ -128,14 +128,14 @@ class QualityBench:
         finally:
             restore_pipeline(self.pipe)
         self.tiles.mkdir(parents=True, exist_ok=True)
-        _strip(tiles).save(self.tiles / f"{task['scale']}x-{case}-{task['sigma']}.png")
+        _strip(tiles).save(self.tiles / _tile(task["scale"], case, task["sigma"]))
         return {"size": size, "seconds_per_clip": round(spent / len(rows), 3), **report} | (
             _summary(rows) | {"prompts": rows}
         )
 
-    def _attach(self, case: str, sigma: float) -> None:
+    def _attach(self, case: str, sigma: float | None) -> None:
         method = QUALITY[case]
-        if method is not None:
+        if method is not None and sigma is not None:
             shift = {"sigma": sigma, "flow_shift": self.flow_shift}
             accelerate_pipeline(self.pipe, replace(method, **shift))
         elif case == NAIVE:
@@ -203,6 +203,10 @@ def _summary(rows: Sequence[Row]) -> Row:
     }
 
 
+def _tile(scale: int, case: str, sigma: float | None) -> str:
+    return f"{scale}x-{case}{'' if sigma is None else f'-{sigma}'}.png"
+
+
 def _strip(pictures: Sequence[Tensor]) -> Image.Image:
     """Return pictures ``[3, H, W]`` one above the other."""
     small = [
@@ -214,8 +218,9 @@ def _strip(pictures: Sequence[Tensor]) -> Image.Image:
 
 def write_sheets(results: ResultFile, tiles: Path) -> None:
     """Put the strips of a size and noise level side by side, a column for each case."""
-    for scale, sigma in sorted({(row["scale"], row["sigma"]) for row in results.rows}):
-        names = [f"{scale}x-{case}-{sigma}.png" for case in SHEET]
+    known = {(row["scale"], row["sigma"]) for row in results.rows if row["sigma"] is not None}
+    for scale, sigma in sorted(known):
+        names = [_tile(scale, case, None if QUALITY[case] is None else sigma) for case in SHEET]
         strips = [Image.open(tiles / name) for name in names if (tiles / name).exists()]
         if len(strips) < len(names):
             continue
@@ -243,11 +248,10 @@ def run_quality(args: argparse.Namespace, about: Row, device: str) -> Row:
     results = ResultFile("freeswim-quality", about, settings, args.output, args.force)
     tiles = (args.output or Path("freeswim-quality.json")).with_suffix("")
     tasks = [
-        {"scale": scale, "case": case, "sigma": sigma}
+        {"scale": scale, "case": case, "sigma": sigma if QUALITY[case] is not None else None}
         for sigma in args.sigma
         for scale in args.scales
-        for case, method in QUALITY.items()
-        if method is not None or sigma == args.sigma[0]
+        for case in args.cases
     ]
     if not all(results.has(task) for task in tasks):
         bench = QualityBench(
@@ -305,6 +309,7 @@ def main() -> None:
     quality.add_argument("--batch", type=int, help="prompts at once; 8 on a GPU, 1 on a CPU")
     for name in ("steps", "frames"):
         quality.add_argument(f"--{name}", type=int, help="the model's own by default")
+    quality.add_argument("--cases", nargs="+", default=list(QUALITY), choices=QUALITY)
     quality.add_argument("--scales", type=int, nargs="+", default=[2, 3])
     quality.add_argument("--sigma", type=float, nargs="+", default=[FreeSwim.sigma])
     quality.add_argument("--flow-shift", type=float, default=9.0, help="of the second stage")

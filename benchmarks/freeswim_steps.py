@@ -22,6 +22,7 @@ from dit_accel.bench.methods import block_options
 from dit_accel.highres.stages import kept_bytes
 
 DENSE = "dense"
+ALL_LAYERS = ", all layers"
 SIZES = {
     "1088p81": {"height": 1088, "width": 1920, "frames": 81},
     "2176p17": {"height": 2176, "width": 3840, "frames": 17},
@@ -32,6 +33,8 @@ STEP: dict[str, Row] = {
     "full pass pisa": {"method": "pisa"},
     "full pass pooled": {"pool_keys": 2},
     "native window": {"window": "native"},
+    "windows in fp8": {"precision": "fp8"},
+    "windows in fp8, pooled": {"precision": "fp8", "pool_keys": 2},
 }
 
 
@@ -68,16 +71,17 @@ class StepBench:
         self, pipe: Any, model: Architecture, inputs: Row, task: Mapping[str, Any], scale: float
     ) -> Row:
         toy, pixels = task["size"] == TOY, model.sizes[task["size"]]
-        options = dict(STEP[task["case"].split(",")[0]])
-        beside = options.pop("method", None)
+        options = dict(STEP[task["case"].removesuffix(ALL_LAYERS)])
+        beside, precision = (options.pop(name, None) for name in ("method", "precision"))
         options |= {"native_size": (64, 80) if toy else (480, 832)}
         options |= {"offload": task["offload"], "refresh_every": 2}
         if beside is None:
-            accelerate_pipeline(pipe, "freeswim", **options)
+            accelerate_pipeline(pipe, "freeswim", precision=precision, **options)
         else:
             all_sparse = {"dense_steps": 0, "dense_layers": 0, "min_tokens": 0}
             all_sparse |= block_options(beside, 32 if toy else None)
-            accelerate_pipeline(pipe, ["freeswim", beside], freeswim=options, **all_sparse)
+            all_sparse |= {"precision": precision, "freeswim": options}
+            accelerate_pipeline(pipe, ["freeswim", beside], **all_sparse)
         session = pipe._dit_accel.runtime.sessions[0]
         given = {"num_frames": pixels["frames"], "prompt": ["one"]}
         kept = kept_bytes(session, (pixels["height"], pixels["width"]), given)
@@ -170,7 +174,7 @@ def step_tasks(args: argparse.Namespace) -> Iterator[Row]:
             yield {"size": size, "case": "full pass dense", "layers": layers, "offload": True}
     for size in [] if args.toy else args.whole:
         for offload in (True, False):
-            case = "full pass dense, all layers"
+            case = f"full pass dense{ALL_LAYERS}"
             yield {"size": size, "case": case, "layers": None, "offload": offload}
 
 
