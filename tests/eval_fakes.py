@@ -27,11 +27,13 @@ class FakeSampler:
 
     Attributes:
         size: frames, channels, height and width of every sample.
+        brightness: of all samples.
         failing: labels and prompts that raise instead.
         asked: what was asked for, in order.
     """
 
     size: tuple[int, int, int, int] = (1, 3, 24, 32)
+    brightness: float = 1.0
     failing: set[tuple[str, str]] = field(default_factory=set)
     asked: list[tuple[str, str]] = field(default_factory=list)
 
@@ -47,7 +49,7 @@ class FakeSampler:
 
     def _frames(self, candidate: Candidate, request: GenerationRequest) -> torch.Tensor:
         colour = torch.rand((3, 1, 1), generator=torch.Generator().manual_seed(request.seed))
-        shaded = colour * torch.linspace(0.5, 1, self.size[-1])
+        shaded = colour * torch.linspace(0.5, self.brightness, self.size[-1])
         difference = sum(candidate.label.encode()) % 7 / 50 if not candidate.dense else 0.0
         return (shaded * (1 - difference)).expand(self.size).clone()
 

@@ -21,57 +21,69 @@ if TYPE_CHECKING:
     from dit_accel.eval.comparing import Comparison
 
 
+Model = Annotated[str, typer.Option(help="A bundled model, a folder, or a hub id (org/name).")]
+Methods = Annotated[str, typer.Option(help="a,b,...; a+b together. Dense is always there.")]
+SuiteName = Annotated[
+    str, typer.Option(help="smoke, standard, world, or a file of prompts (.txt, .json).")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Folder; what it holds is kept. [default: runs/...]"),
+]
+Prompts = Annotated[int | None, typer.Option(help="Only the first so many of the suite.")]
+Densities = Annotated[
+    str | None, typer.Option(help="Shares of pairs, a,b,...; published options by default.")
+]
+BlockSize = Annotated[
+    int | None, typer.Option(help="Tokens per block; the methods' own by default.")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="An option of all methods that have it, or method.option=value. Repeatable.",
+        metavar="NAME=VALUE",
+    ),
+]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Frames = Annotated[int | None, typer.Option(help="Frames of the videos.")]
+Height = Annotated[int | None, typer.Option(help="Height in pixels.")]
+Width = Annotated[int | None, typer.Option(help="Width in pixels.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Prompts generated at once; bundled models: 4, others: 1.")
+]
+Repeats = Annotated[int, typer.Option(help="Timed generations of each batch.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto picks one.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: float32 on a CPU.")]
+Commit = Annotated[str | None, typer.Option(help="Commit to record; asked of git by default.")]
+Force = Annotated[bool, typer.Option("--force", help="Start the folder again.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Run = Annotated[Path, typer.Argument(help="A run's folder or results.json.", show_default=False)]
+
+
 def run(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="A bundled model, a folder, or a hub id (org/name).")
-    ] = "tiny-wan",
-    methods: Annotated[
-        str, typer.Option(help="a,b,...; a+b together. Dense is always there.")
-    ] = "radial,gna,psa,rectified,pisa",
-    suite: Annotated[
-        str, typer.Option(help="smoke, standard, world, or a file of prompts (.txt, .json).")
-    ] = "smoke",
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Folder; what it holds is kept. [default: runs/...]"),
-    ] = None,
-    prompts: Annotated[
-        int | None, typer.Option(help="Only the first so many of the suite.")
-    ] = None,
-    density: Annotated[
-        str | None, typer.Option(help="Shares of pairs, a,b,...; published options by default.")
-    ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(help="Tokens per block; the methods' own by default.")
-    ] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="An option of all methods that have it, or method.option=value. Repeatable.",
-            metavar="NAME=VALUE",
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of the videos.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(help="Prompts generated at once; 4 or, on large models, 1."),
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed generations of each batch.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto picks one.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="float32, float16 or bfloat16; auto: float32 on a CPU.")
-    ] = "auto",
-    commit: Annotated[
-        str | None, typer.Option(help="Commit to record; asked of git by default.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Start the folder again.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    model: Model = "tiny-wan",
+    methods: Methods = "radial,gna,psa,rectified,pisa",
+    suite: SuiteName = "smoke",
+    output: Output = None,
+    prompts: Prompts = None,
+    density: Densities = None,
+    block_size: BlockSize = None,
+    options: Options = None,
+    steps: Steps = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    guidance: Guidance = None,
+    batch: BatchSize = None,
+    repeats: Repeats = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    commit: Commit = None,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Generate a suite densely and by methods from the same noise, measure, and report.
 
@@ -125,11 +137,7 @@ def run(
     _end(results["problems"])
 
 
-def compare(
-    first: Annotated[Path, typer.Argument(help="A run's folder or results.json.")],
-    second: Annotated[Path, typer.Argument(help="Another.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
-) -> None:
+def compare(first: Run, second: Run, as_json: AsJson = False) -> None:
     """Compare two runs, prompt by prompt, on what they share. Code 1 if anything is left out."""
     from dit_accel.eval.comparing import compare_runs
     from dit_accel.eval.results import read_results
@@ -138,7 +146,7 @@ def compare(
 
 
 def check(
-    run: Annotated[Path, typer.Argument(help="A run's folder or results.json.")],
+    run: Run,
     against: Annotated[Path, typer.Option("--against", help="The run that sets the standard.")],
     max_psnr_drop: Annotated[float, typer.Option(help="dB, in the mean of a method.")] = 0.5,
     max_ssim_drop: Annotated[float | None, typer.Option(help="Likewise; any by default.")] = None,
@@ -148,7 +156,7 @@ def check(
     max_slowdown: Annotated[
         float | None, typer.Option(help="Share of the time per sample; any by default.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check that RUN is hardly worse than a baseline, for continuous integration.
 

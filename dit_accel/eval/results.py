@@ -37,8 +37,8 @@ def build_results(
     Returns:
         "kind"; "manifest" of the last session, and when and at which commits there were
         "sessions"; "settings"; "methods" with their options and schedule as resolved; "summary",
-        one row a candidate (see `summarise`); "problems", a sentence for each sample that failed
-        or is missing; and "rows", one a sample.
+        one row a candidate (see `summarise`); "problems", a sentence for each sample that failed,
+        is missing or was compared with another dense sample; and "rows", one a sample.
     """
     sessions: list[Row] = []
     found: dict[tuple[str, int, int], Row] = {}
@@ -61,7 +61,8 @@ def build_results(
                 rows.append(_without_settings(row, methods[label]))
             else:
                 why = row.get("refused") or row.get("failed")
-                problems.append(f"{label}, prompt {entry.index}, seed {entry.seed}: {why}")
+                problems.append(f"{_named(label, entry.index, entry.seed)}: {why}")
+    problems += _other_references(rows)
     return {
         "kind": KIND,
         "manifest": last["manifest"],
@@ -154,6 +155,21 @@ def read_results(path: Path) -> Row:
             f"its {RESULTS_FILE}; a run that was cut off is finished by the command that began it."
         ) from error
     return content
+
+
+def _other_references(rows: Sequence[Row]) -> list[str]:
+    """Name the samples whose dense one was made again after a break, and came out otherwise."""
+    dense = {key: row["frames_sha256"] for key, row in samples_of(rows, DENSE).items()}
+    return [
+        f"{_named(row['method'], row['index'], row['seed'])}: compared with a dense sample that "
+        "differs from the one kept, which this machine can't repeat; --force starts again"
+        for row in rows
+        if row.get("dense_sha256") not in (None, dense.get((row["index"], row["seed"])))
+    ]
+
+
+def _named(label: str, index: int, seed: int) -> str:
+    return f"{label}, prompt {index}, seed {seed}"
 
 
 def _metric(metric: str, samples: Mapping[Key, Row], dense: Mapping[Key, Row]) -> Row:

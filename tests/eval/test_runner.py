@@ -129,6 +129,17 @@ def test_without_its_dense_sample_a_method_is_not_measured(tmp_path):
     assert "the dense baseline failed" in results["problems"][-1]
 
 
+def test_a_dense_sample_that_can_not_be_repeated_is_noticed(tmp_path):
+    prompt = fake_run().suite.entries[0].prompt
+    run_evaluation(fake_run(), tmp_path, sampler=FakeSampler(failing={("gna", prompt)}))
+    results = run_evaluation(fake_run(), tmp_path, sampler=FakeSampler(brightness=0.9))
+    assert [problem.partition(":")[0] for problem in results["problems"]] == [
+        "gna, prompt 0, seed 0",
+        "gna, prompt 1, seed 1",
+    ]
+    assert "compared with a dense sample that differs" in results["problems"][0]
+
+
 def test_a_full_disk_costs_the_clips_that_it_has_no_room_for(tmp_path, monkeypatch):
     def no_room(path: Path, *rest: object) -> None:
         if "radial/0001" in str(path):
