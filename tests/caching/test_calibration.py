@@ -300,7 +300,7 @@ def test_whole_numbers_stay_whole():
             "give seeds",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "given",
 )
 def test_refused_goals_leave_the_acceleration_before(method, given, says):
     pipe = Subject("wan").pipe
