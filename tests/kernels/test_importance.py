@@ -59,9 +59,9 @@ def literal(
 @pytest.mark.parametrize(
     ("video", "text", "blocks", "asked", "samples", "size"),
     [
-        pytest.param(1, 0, (16, 16), None, (4, 4), 16, id="one-token"),
-        pytest.param(63, 7, (16, 32), None, (4, 8), 40, id="63-text7-head40"),
-        pytest.param(130, 0, (128, 128), None, (32, 32), 64, id="130"),
+        pytest.param(1, 0, (16, 16), None, (2, 2), 16, id="one-token"),
+        pytest.param(63, 7, (16, 32), None, (2, 4), 40, id="63-text7-head40"),
+        pytest.param(130, 0, (128, 128), None, (16, 16), 64, id="130"),
         pytest.param(300, 77, (128, 32), 16, (16, 16), 128, id="300-text77-16samples"),
         pytest.param(1001, 1, (64, 16), 2, (2, 2), 20, id="1001-2samples"),
         pytest.param(100, 0, (32, 16), 64, (32, 16), 32, id="every-token"),
