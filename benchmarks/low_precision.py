@@ -14,8 +14,8 @@ Three parts, the first of which stops what is wrong from being timed:
 * ``generations``: PSNR of frames against the same method in bfloat16. The distance of bfloat16 from
   float32 stands beside it: where trajectories part, it is no larger.
 
-``--stages`` tries the kernel for Hopper, which has not run yet: a wrong barrier would hang, so give
-it a run of its own. Without a GPU ``activations`` runs the formula instead of the kernel, and the
+``--stages`` tries the kernel for Hopper with so many buffers; give it a run of its own, because a
+wrong barrier hangs. Without a GPU ``activations`` runs the formula instead of the kernel, and the
 others are left out.
 """
 

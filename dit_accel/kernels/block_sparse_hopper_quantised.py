@@ -1,10 +1,11 @@
 """Block-sparse attention forward in 8 bits for Hopper, in Gluon.
 
-Compiled and read, not run yet. The same result as `block_sparse_quantised.py`, with the jobs and
+The same result as `block_sparse_quantised.py`, with the jobs and
 the barriers of `block_sparse_hopper.py`, which explains them. What differs: tiles are those that
 `quantise.py` laid out; each step's product of weights and values stands alone in registers, and is
 added to the output in float32 one step later; weights are rounded to e4m3 where they are, without
-moving.
+moving. On an H100 it is right, and slower than the portable kernel (`benchmarks/NOTES.md`), which
+"auto" therefore prefers.
 """
 
 # Gluon's functions take tensors, barriers and constants under the same names: types say little.
@@ -366,7 +367,7 @@ def hopper_quantised_attention(
     return_lse: bool = False,
     stages: int = 3,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`quantised_block_sparse_attention`, for fewer calls. It has not run on a GPU yet.
+    """`quantised_block_sparse_attention`, for fewer calls.
 
     Args:
         query: as there, with ``D`` 64 or 128; likewise ``key`` and ``value``.
