@@ -255,10 +255,20 @@ class FlexOperator(Operator):
         run: Any = flex_attention
         if query.device.type not in UNCOMPILED:
             if "flex" not in self.compiled:
-                self.compiled["flex"] = torch.compile(flex_attention, dynamic=False)
+                # fullgraph: beyond torch's limit of recompilations it raises, where it would
+                # otherwise run eagerly, with all scores in memory, without a word.
+                compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+                self.compiled["flex"] = compiled
             run = self.compiled["flex"]
         q, k, v = (text_last(x, plan.layout).transpose(1, 2) for x in (query, key, value))
-        result = run(q, k, v, block_mask=plan.block_mask, scale=scale, return_lse=return_lse)
+        try:
+            result = run(q, k, v, block_mask=plan.block_mask, scale=scale, return_lse=return_lse)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise OperatorUnavailableError(
+                "FlexAttention was compiled for as many shapes and masks as torch allows "
+                f"({torch._dynamo.config.recompile_limit}): call torch._dynamo.reset(), or take "
+                "another backend."
+            ) from error
         out, lse = result if return_lse else (result, None)
         out = text_back(out.transpose(1, 2), plan.layout, dim=1)
         return out, None if lse is None else text_back(lse.float(), plan.layout, dim=2)

@@ -98,6 +98,27 @@ def test_text_first_is_text_last_moved(backend):
     torch.testing.assert_close(moved_lse, roll(lse, 2))
 
 
+def test_flex_past_the_limit_of_recompilations_is_an_error_not_eager(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(operators, "UNCOMPILED", ())
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **k, backend="eager"))
+    operator = make_operators()["flex"]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for width in (4, 5):
+            attend_with(operator, width)
+        with pytest.raises(OperatorUnavailableError, match=r"as torch allows \(2\)"):
+            attend_with(operator, 6)
+    torch._dynamo.reset()
+
+
+def attend_with(operator: operators.Operator, width: int) -> None:
+    layout = TokenLayout((3, 4, width), 0)
+    q = torch.randn(1, layout.num_tokens, 2, 16)
+    plan = GNA((1.0, 0.4, 0.4), block_size=16).plan_layout(layout, RASTER)
+    operator.run(q, q, q, plan, None, False)
+
+
 def test_strided_inputs_are_not_copied_wrongly():
     torch.manual_seed(0)
     packed = torch.randn(1, 2, 105, 3 * 16)  # heads first, q, k, v interleaved
