@@ -213,7 +213,10 @@ class MemoryBench:
         dtype = getattr(torch, self.dtype)
         pipe = self._pipeline(model, dtype)
         accelerate_pipeline(pipe, "freeswim", native_size=(480, 832), offload=True)
-        embeds = torch.randn(2, 1, model.text_tokens, model.config["text_dim"], dtype=dtype)
+        # On the device, as a text encoder gives them: accelerate's hook moves inputs only when it
+        # moves the model, so that the second forward would find them on the CPU.
+        size = 2, 1, model.text_tokens, model.config["text_dim"]
+        embeds = torch.randn(size, device=self.device, dtype=dtype)
         torch.cuda.reset_peak_memory_stats()
         began = now(self.device)
         frames = pipe(
