@@ -49,7 +49,7 @@ class PISA(SelectingMethod):
         block_size: tokens per block, of queries and keys: 16, 32, 64 or 128.
         terms: 1 adds the first-order term, as published, 0 leaves it out; None: 1 for videos, 0
             for images. One H for all blocks is a guess: at density .25 it brings tiny-wan 7.6 dB
-            and tiny-hunyuan 0.7 dB nearer to dense and takes 2.6 and 6.4 dB from tiny-sd3 and
+            nearer to dense and takes 1.8, 2.6 and 6.4 dB from tiny-hunyuan, tiny-sd3 and
             tiny-flux. Above half the blocks it is left out in any case: it is a poor guess for the
             few that remain.
         covariance_weighted: whether a block's score also counts how much its values vary with its
@@ -59,7 +59,7 @@ class PISA(SelectingMethod):
             alone, as the paper does.
         order: token order: "raster", "hilbert" or "patches" (8 x 8 tokens). None is "hilbert".
             Published are patches for images and raster for videos; at density .25 Hilbert order
-            brings tiny-wan 8.6 dB nearer to dense, and images are within a dB.
+            brings tiny-wan 8.6 and tiny-hunyuan 5.8 dB nearer to dense, and images are within a dB.
         refresh_every: see `SelectingMethod`.
     """
 
