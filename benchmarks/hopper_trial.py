@@ -6,7 +6,7 @@ The jobs, lists and masks of `dit_accel/kernels/block_sparse_hopper.py`, with a 
   and are released together: one wait and one release for a step, not two of each;
 * the output is rescaled only where a row's peak grew by more than 2 ** 8, by a branch of the warp;
   weights may then be larger than 1, up to 256, and the sum and log-sum say the same as before;
-* ``poly``: so many of eight exponentials are polynomials on the ordinary units, as
+* ``poly``: so many of eight exponentials, at most two, are polynomials on the ordinary units, as
   FlashAttention-4 has them on Blackwell: the units for exponentials are the narrowest;
 * ``turn``: when the other group may issue its products: "issued" (once this one's are), "scores"
   (once this one's scores are done, under its output product), "middle" (once this one has issued
@@ -75,9 +75,10 @@ class Variant:
         stages: buffers for pairs of a key and a value tile; 0 takes as many as fit.
         turn: "issued", "scores", "middle" or "none".
         growth: whether the output is rescaled only where a peak grew much.
-        poly: exponentials out of eight that are polynomials.
+        poly: exponentials out of eight that are polynomials: 0, 1 or 2.
         early: whether weights are packed early.
         clock: whether cycles are counted.
+        direct: in 8 bits alone: whether the tensor cores add up over steps, in their few bits.
     """
 
     stages: int = 0
@@ -86,6 +87,7 @@ class Variant:
     poly: int = 0
     early: bool = False
     clock: bool = False
+    direct: bool = False
 
 
 def _rescaling(values: int) -> str:
@@ -117,7 +119,7 @@ def _exponentials(poly: int) -> str:
     2 ** x is 2 ** n, which goes to the exponent, times 2 ** f, f in [-1/2, 1/2], by a polynomial of
     degree 4 (relative error 3e-6). Below -126 it gives 1e-38.
     """
-    chosen = set(list((1, 6, 3, 4))[:poly])
+    chosen = set((1, 6)[:poly])
     lines = ["{.reg .f32 x, t, r; .reg .s32 n, m;"]
     for i in range(8):
         if i not in chosen:
@@ -138,10 +140,6 @@ def _exponentials(poly: int) -> str:
     return "\n".join([*lines, "}"])
 
 
-POLYNOMIAL = (1.0, 0.6931310, 0.2402276, 0.0558700, 0.0096600)
-"""Of 2 ** f for f in [-1/2, 1/2], lowest degree first; replaced below by a fit."""
-
-
 def _hexadecimal(value: float) -> str:
     bits = torch.tensor(value, dtype=torch.float32).view(torch.int32).item()
     return f"0f{bits & 0xFFFFFFFF:08X}"
@@ -156,6 +154,7 @@ def _fitted() -> tuple[float, ...]:
 
 
 POLYNOMIAL = _fitted()
+"""Of 2 ** f for f in [-1/2, 1/2], lowest degree first."""
 
 _RESCALE_64 = gl.constexpr(_rescaling(64))
 _RESCALE_64_REGISTERS = gl.constexpr(_rescaling_constraints(64))
@@ -163,8 +162,6 @@ _RESCALE_32 = gl.constexpr(_rescaling(32))
 _RESCALE_32_REGISTERS = gl.constexpr(_rescaling_constraints(32))
 _EXP_1 = gl.constexpr(_exponentials(1))
 _EXP_2 = gl.constexpr(_exponentials(2))
-_EXP_3 = gl.constexpr(_exponentials(3))
-_EXP_4 = gl.constexpr(_exponentials(4))
 _EXP_REGISTERS = gl.constexpr(",".join(["=f"] * 8 + ["f"] * 8))
 
 
@@ -226,6 +223,17 @@ def _copy(descriptors, shared, lists, sizes, STAGES: gl.constexpr, PERSISTENT: g
 
 
 @gluon.jit
+def _exp2(x, POLY: gl.constexpr):
+    if POLY == 0:
+        weights = gl.exp2(x)
+    elif POLY == 1:
+        weights = gl.inline_asm_elementwise(_EXP_1, _EXP_REGISTERS, [x], gl.float32, True, 8)
+    else:
+        weights = gl.inline_asm_elementwise(_EXP_2, _EXP_REGISTERS, [x], gl.float32, True, 8)
+    return weights
+
+
+@gluon.jit
 def _softmax(
     s, peak, scale_log2, s_layout: gl.constexpr, GROWTH: gl.constexpr, POLY: gl.constexpr,
 ):  # fmt: skip
@@ -233,22 +241,8 @@ def _softmax(
     split = s.reshape([ROWS, TILE // 32, 4, 4, 2])
     top = gl.max(gl.max(gl.max(gl.max(split, 4), 2), 1), 1)
     top = gl.convert_layout(top, gl.SliceLayout(1, s_layout)) * scale_log2
-    if GROWTH:
-        new_peak = gl.where(top > peak + _GROWTH, top, peak)
-    else:
-        new_peak = gl.maximum(peak, top)
-    x = s * scale_log2 - new_peak[:, None]
-    if POLY == 0:
-        weights = gl.exp2(x)
-    elif POLY == 1:
-        weights = gl.inline_asm_elementwise(_EXP_1, _EXP_REGISTERS, [x], gl.float32, True, 8)
-    elif POLY == 2:
-        weights = gl.inline_asm_elementwise(_EXP_2, _EXP_REGISTERS, [x], gl.float32, True, 8)
-    elif POLY == 3:
-        weights = gl.inline_asm_elementwise(_EXP_3, _EXP_REGISTERS, [x], gl.float32, True, 8)
-    else:
-        weights = gl.inline_asm_elementwise(_EXP_4, _EXP_REGISTERS, [x], gl.float32, True, 8)
-    return weights, new_peak, gl.exp2(peak - new_peak)
+    new_peak = gl.where(top > peak + _GROWTH, top, peak) if GROWTH else gl.maximum(peak, top)
+    return _exp2(s * scale_log2 - new_peak[:, None], POLY), new_peak, gl.exp2(peak - new_peak)
 
 
 @gluon.jit
@@ -377,6 +371,7 @@ def _attend(
             # Two by two, or LLVM would unpack and pack them in each step of the next loop.
             p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], p.dtype, True, 2)
             state = (acc, total, peak, p, stage, phase)
+            UNROLL: gl.constexpr = 2 if EARLY else 1
             rest = steps - gl.maximum(masked, 1)
             if EARLY:
                 for step in range(0, rest % 2):
@@ -385,15 +380,8 @@ def _attend(
                         s_layout, o_layout, by_word, D, STAGES, TURN, GROWTH, POLY, EARLY, CLOCK,
                         False,
                     )  # fmt: skip
-                for step in range(0, rest // 2):
-                    for _half in gl.static_range(2):
-                        state, clocks = _step(
-                            me, q, step, state, work, shared, lists, sizes, scale_log2, clocks,
-                            s_layout, o_layout, by_word, D, STAGES, TURN, GROWTH, POLY, EARLY,
-                            CLOCK, False,
-                        )  # fmt: skip
-            else:
-                for step in range(0, rest):
+            for step in range(0, rest // UNROLL):
+                for _half in gl.static_range(UNROLL):
                     state, clocks = _step(
                         me, q, step, state, work, shared, lists, sizes, scale_log2, clocks,
                         s_layout, o_layout, by_word, D, STAGES, TURN, GROWTH, POLY, EARLY, CLOCK,
@@ -484,14 +472,7 @@ def trial_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and log-sum, as `hopper_block_sparse_attention` gives them; text comes last.
 
-    Args:
-        query: ``[B, N, H, D]``; likewise ``key`` and ``value``.
-        key: see there.
-        value: see there.
-        lists: the tiles to visit, of 128 tokens.
-        variant: which loop.
-        text_length: text tokens after the video.
-        clocks: int32 ``[programs, 2, 8]``, gets cycles of each part and steps; None if not counted.
+    ``clocks``, int32 ``[programs, 2, 8]``, gets the cycles of each part and the steps.
     """
     batch, num_tokens, heads, head_size = query.shape
     out = query.new_empty(query.shape)
