@@ -109,8 +109,7 @@ def _rescaling(values: int) -> str:
 
 
 def _rescaling_constraints(values: int) -> str:
-    parts = ["=f"] * values + [str(i) for i in range(values)] + ["f"] * values
-    return ",".join(parts)
+    return ",".join(["=f"] * values + [str(i) for i in range(values)] + ["f"] * values)
 
 
 def _exponentials(poly: int) -> str:
