@@ -88,6 +88,8 @@ class Variant:
     early: bool = False
     clock: bool = False
     direct: bool = False
+    kept: bool = False
+    held: bool = False
 
 
 def _rescaling(values: int) -> str:
@@ -155,6 +157,18 @@ def _fitted() -> tuple[float, ...]:
 POLYNOMIAL = _fitted()
 """Of 2 ** f for f in [-1/2, 1/2], lowest degree first."""
 
+def _kept_weights() -> str:
+    """PTX that reads the signs of 32 pairs of weights, which are never set, and lets them be."""
+    lines = ["{.reg .pred p; .reg .b32 x, a; or.b32 x, $0, $1;"]
+    lines += [f"lop3.b32 x, x, ${i}, ${i + 1}, 0xfe;" for i in range(2, 32, 2)]
+    return "\n".join([*lines, "and.b32 x, x, 0x80008000; setp.ne.u32 p, x, 0; mov.b32 a, 0; @p st.shared.b32 [a], x;}"])
+
+
+_KEEP_SUM = gl.constexpr(
+    "{.reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000; @p st.shared.f32 [a], $1; mov.f32 $0, $1;}"
+)
+_KEEP_WEIGHTS = gl.constexpr(_kept_weights())
+_KEEP_WEIGHTS_REGISTERS = gl.constexpr(",".join(["=r"] * 32 + [str(i) for i in range(32)]))
 _RESCALE_64 = gl.constexpr(_rescaling(64))
 _RESCALE_64_REGISTERS = gl.constexpr(_rescaling_constraints(64))
 _RESCALE_32 = gl.constexpr(_rescaling(32))
@@ -265,7 +279,7 @@ def _step(
     me: gl.constexpr, q, step, state, work, shared, lists, sizes, scale_log2, clocks,
     s_layout: gl.constexpr, o_layout: gl.constexpr, by_word: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, TURN: gl.constexpr, GROWTH: gl.constexpr, POLY: gl.constexpr,
-    EARLY: gl.constexpr, CLOCK: gl.constexpr, MASK: gl.constexpr,
+    EARLY: gl.constexpr, KEPT: gl.constexpr, CLOCK: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Scores of this step, output product of the last one, softmax of this one."""
     k_smem, v_smem, ready, empty = shared[1], shared[2], shared[5], shared[6]
@@ -295,8 +309,14 @@ def _step(
     # A polynomial never gives 0, as hidden keys want it.
     weights, peak, shrink = _softmax(s, peak, scale_log2, s_layout, GROWTH, 0 if MASK else POLY)
     total = _shrunk_sum(total, shrink, weights)
+    if KEPT:
+        total = gl.inline_asm_elementwise(_KEEP_SUM, "=f,f", [total], gl.float32, False, 1)
     if EARLY:
         new_p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
+        if KEPT:
+            new_p = gl.inline_asm_elementwise(
+                _KEEP_WEIGHTS, _KEEP_WEIGHTS_REGISTERS, [new_p], v_smem.dtype, False, 64
+            )
     t5 = _now(CLOCK)
     # The wait for the next pair stands here, because ptxas moves the one for the product above
     # the exponentials unless a branch is between them. After the last step comes a value tile.
@@ -321,7 +341,8 @@ def _step(
 def _attend(
     me: gl.constexpr, out_ptr, lse_ptr, clock_ptr, shared, lists, sizes, scale_log2,
     D: gl.constexpr, STAGES: gl.constexpr, TURN: gl.constexpr, GROWTH: gl.constexpr,
-    POLY: gl.constexpr, EARLY: gl.constexpr, CLOCK: gl.constexpr, PERSISTENT: gl.constexpr,
+    POLY: gl.constexpr, EARLY: gl.constexpr, KEPT: gl.constexpr, HELD: gl.constexpr,
+    CLOCK: gl.constexpr, PERSISTENT: gl.constexpr,
     WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: products and softmax of ``ROWS`` query rows."""
@@ -330,7 +351,6 @@ def _attend(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     no_scores = gl.zeros([ROWS, TILE], gl.float32, s_layout)
     by_word: gl.constexpr = no_scores.reshape([ROWS, TILE // 32, 32]).type.layout
-    q = q_smem.index(me).reshape([ROWS, D])
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
@@ -345,6 +365,10 @@ def _attend(
         total = _partial_sum(no_scores)
         mbarrier.wait(q_ready, q_phase)
         q_phase ^= 1
+        if HELD:
+            q = q_smem.index(me).reshape([ROWS, D]).load(gl.DotOperandLayout(0, s_layout, 2))
+        else:
+            q = q_smem.index(me).reshape([ROWS, D])
         if steps > 0:
             # The first step, with no output product to go with it.
             words = mask_words(me, gl.to_tensor(0), work, lists, sizes, by_word)
@@ -364,7 +388,7 @@ def _attend(
             for step in range(1, masked):
                 state, clocks = _step(
                     me, q, step, state, work, shared, lists, sizes, scale_log2, clocks, s_layout,
-                    o_layout, by_word, D, STAGES, TURN, GROWTH, POLY, EARLY, CLOCK, True,
+                    o_layout, by_word, D, STAGES, TURN, GROWTH, POLY, EARLY, KEPT, CLOCK, True,
                 )  # fmt: skip
             acc, total, peak, p, stage, phase = state
             # Two by two, or LLVM would unpack and pack them in each step of the next loop.
@@ -376,14 +400,14 @@ def _attend(
                 for step in range(0, rest % 2):
                     state, clocks = _step(
                         me, q, step, state, work, shared, lists, sizes, scale_log2, clocks,
-                        s_layout, o_layout, by_word, D, STAGES, TURN, GROWTH, POLY, EARLY, CLOCK,
+                        s_layout, o_layout, by_word, D, STAGES, TURN, GROWTH, POLY, EARLY, KEPT, CLOCK,
                         False,
                     )  # fmt: skip
             for step in range(0, rest // UNROLL):
                 for _half in gl.static_range(UNROLL):
                     state, clocks = _step(
                         me, q, step, state, work, shared, lists, sizes, scale_log2, clocks,
-                        s_layout, o_layout, by_word, D, STAGES, TURN, GROWTH, POLY, EARLY, CLOCK,
+                        s_layout, o_layout, by_word, D, STAGES, TURN, GROWTH, POLY, EARLY, KEPT, CLOCK,
                         False,
                     )  # fmt: skip
             acc, total, peak, p, stage, phase = state
@@ -414,7 +438,8 @@ def _trial_forward(
     num_heads, num_video, num_text, video_start, text_start, programs,
     list_sb, list_sh, full_columns, partial_columns,
     D: gl.constexpr, STAGES: gl.constexpr, TURN: gl.constexpr, GROWTH: gl.constexpr,
-    POLY: gl.constexpr, EARLY: gl.constexpr, CLOCK: gl.constexpr, PERSISTENT: gl.constexpr,
+    POLY: gl.constexpr, EARLY: gl.constexpr, KEPT: gl.constexpr, HELD: gl.constexpr,
+    CLOCK: gl.constexpr, PERSISTENT: gl.constexpr,
     WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """Set up the buffers and barriers, and send the warps to their jobs."""
@@ -442,9 +467,9 @@ def _trial_forward(
     gl.warp_specialize(
         [
             (_attend, (0, out_ptr, lse_ptr, clock_ptr, shared, lists, sizes, scale_log2, D, STAGES,
-                       TURN, GROWTH, POLY, EARLY, CLOCK, PERSISTENT, WITH_LSE)),
+                       TURN, GROWTH, POLY, EARLY, KEPT, HELD, CLOCK, PERSISTENT, WITH_LSE)),
             (_attend, (1, out_ptr, lse_ptr, clock_ptr, shared, lists, sizes, scale_log2, D, STAGES,
-                       TURN, GROWTH, POLY, EARLY, CLOCK, PERSISTENT, WITH_LSE)),
+                       TURN, GROWTH, POLY, EARLY, KEPT, HELD, CLOCK, PERSISTENT, WITH_LSE)),
             (_copy, ((q_desc, k_desc, v_desc), shared, lists, sizes, STAGES, PERSISTENT)),
         ],
         [4, 1],
@@ -461,6 +486,8 @@ def constants(variant: Variant, head_size: int) -> dict[str, object]:
         "GROWTH": variant.growth,
         "POLY": variant.poly,
         "EARLY": variant.early,
+        "KEPT": variant.kept,
+        "HELD": variant.held,
         "CLOCK": variant.clock,
     }
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 import triton
-from hopper_trial import Variant, _exp2, _group_barrier, _now, _rescaled
+from hopper_trial import _KEEP_SUM, Variant, _exp2, _group_barrier, _now, _rescaled
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -127,7 +127,7 @@ def _step(
     me: gl.constexpr, q, step, state, work, shared, lists, sizes, factors, clocks,
     s_layout: gl.constexpr, o_layout: gl.constexpr, by_word: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, TURN: gl.constexpr, CLOCK: gl.constexpr,
-    POLY: gl.constexpr, DIRECT: gl.constexpr, MASK: gl.constexpr,
+    POLY: gl.constexpr, DIRECT: gl.constexpr, KEPT: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Scores of this step, output product of the last one, softmax of this one."""
     k_smem, v_smem, ready, empty = shared[1], shared[2], shared[4], shared[5]
@@ -160,6 +160,8 @@ def _step(
     # A polynomial never gives 0, as hidden keys want it.
     weights, peak, next_shrink = _softmax(s, peak, factor, 0 if MASK else POLY)
     total = _shrunk_sum(total, next_shrink, weights)
+    if KEPT:
+        total = gl.inline_asm_elementwise(_KEEP_SUM, "=f,f", [total], gl.float32, False, 1)
     t5 = _now(CLOCK)
     # As in `hopper_trial.py`, this wait keeps the one for the product behind the softmax.
     next_stage, next_phase = _advance(stage, phase, STAGES)
@@ -184,7 +186,8 @@ def _step(
 def _attend(
     me: gl.constexpr, outputs, channels, factors, clock_ptr, shared, lists, sizes, starts, length,
     D: gl.constexpr, STAGES: gl.constexpr, TURN: gl.constexpr,
-    CLOCK: gl.constexpr, POLY: gl.constexpr, DIRECT: gl.constexpr, WITH_LSE: gl.constexpr,
+    CLOCK: gl.constexpr, POLY: gl.constexpr, DIRECT: gl.constexpr, KEPT: gl.constexpr,
+    WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: products and softmax of ``ROWS`` query rows."""
     q_smem, k_smem, v_smem, q_ready, ready, empty = shared
@@ -234,12 +237,12 @@ def _attend(
         for step in range(1, masked):
             state, clocks = _step(
                 me, q, step, state, work, shared, lists, sizes, (q_factor, key_scale), clocks,
-                s_layout, o_layout, by_word, D, STAGES, TURN, CLOCK, POLY, DIRECT, True,
+                s_layout, o_layout, by_word, D, STAGES, TURN, CLOCK, POLY, DIRECT, KEPT, True,
             )  # fmt: skip
         for step in range(gl.maximum(masked, 1), steps):
             state, clocks = _step(
                 me, q, step, state, work, shared, lists, sizes, (q_factor, key_scale), clocks,
-                s_layout, o_layout, by_word, D, STAGES, TURN, CLOCK, POLY, DIRECT, False,
+                s_layout, o_layout, by_word, D, STAGES, TURN, CLOCK, POLY, DIRECT, KEPT, False,
             )  # fmt: skip
         acc, total, peak, p, shrink, stage, phase, scale, ahead = state
 
@@ -267,7 +270,8 @@ def _trial_forward(
     num_heads, num_video, num_text, text_row, length, programs,
     list_sb, list_sh, full_columns, partial_columns, out_video, out_text,
     D: gl.constexpr, STAGES: gl.constexpr, TURN: gl.constexpr,
-    CLOCK: gl.constexpr, POLY: gl.constexpr, DIRECT: gl.constexpr, WITH_LSE: gl.constexpr,
+    CLOCK: gl.constexpr, POLY: gl.constexpr, DIRECT: gl.constexpr, KEPT: gl.constexpr,
+    WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """Set up the buffers and barriers, and send the warps to their jobs."""
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
@@ -297,10 +301,10 @@ def _trial_forward(
         [
             (_attend, (0, (out_ptr, lse_ptr), (v_scale, v_mean), (q_factor, key_scale), clock_ptr,
                        shared, lists, sizes, (out_video, out_text), length, D, STAGES, TURN,
-                       CLOCK, POLY, DIRECT, WITH_LSE)),
+                       CLOCK, POLY, DIRECT, KEPT, WITH_LSE)),
             (_attend, (1, (out_ptr, lse_ptr), (v_scale, v_mean), (q_factor, key_scale), clock_ptr,
                        shared, lists, sizes, (out_video, out_text), length, D, STAGES, TURN,
-                       CLOCK, POLY, DIRECT, WITH_LSE)),
+                       CLOCK, POLY, DIRECT, KEPT, WITH_LSE)),
             (_copy, ((q_desc, k_desc, v_desc), shared, lists, sizes, length, D, STAGES)),
         ],
         [4, 1],
@@ -317,6 +321,7 @@ def constants(variant: Variant, head_size: int) -> dict[str, object]:
         "CLOCK": variant.clock,
         "POLY": variant.poly,
         "DIRECT": variant.direct,
+        "KEPT": variant.kept,
     }
 
 

@@ -24,7 +24,7 @@ from dit_accel.kernels.tuning import HopperConfig, KernelConfig, Tuning
 
 REMEDY = "run `dit-accel bench tune`"
 _NUMBERS = {"block_m": (16, 256), "block_n": (16, 256), "num_warps": (1, 16), "num_stages": (1, 8),
-            "stages": (2, 4)}  # fmt: skip
+            "stages": (2, 6), "eager": (0, 2)}  # fmt: skip
 Config = TypeVar("Config", KernelConfig, HopperConfig)
 
 

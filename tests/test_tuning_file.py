@@ -22,7 +22,7 @@ CUDA = torch.device("cuda")
 TUNED = Tuning(
     "measured just now",
     {(128, 2): KernelConfig(64, 64, 8, 3), (64, 4): KernelConfig(32, 16, 4, 1)},
-    {(128, "short"): HopperConfig(3, persistent=True), (128, "long"): HopperConfig(late=False)},
+    {(128, "short"): HopperConfig(3, persistent=True), (128, "long"): HopperConfig(eager=2)},
 )
 
 
@@ -110,7 +110,7 @@ def test_the_kind_of_call_decides():
     assert TUNED.kernel_config(100, 2) == KernelConfig(64, 64, 8, 3)  # padded to 128
     assert TUNED.kernel_config(128, 4) is None
     assert TUNED.hopper_config(128, 10, with_text=False) == HopperConfig(3, persistent=True)
-    assert TUNED.hopper_config(128, 64, with_text=False) == HopperConfig(late=False)
+    assert TUNED.hopper_config(128, 64, with_text=False) == HopperConfig(eager=2)
     assert TUNED.hopper_config(64, 10, with_text=False) is None
     persistent = Tuning(hopper={(128, "long"): HopperConfig(persistent=True)})
     assert not persistent.hopper_config(128, 10, with_text=True).persistent

@@ -149,11 +149,10 @@ def _kernel_configs(device: torch.device, dtype: torch.dtype, quick: bool) -> li
 
 
 def _hopper_configs(head_size: int, quick: bool) -> list[HopperConfig]:
-    """The grid of schedules; a fourth buffer fits at head size 64 only."""
-    stages = (2,) if quick else (2, 3, 4) if head_size == 64 else (2, 3)
-    choices = list(itertools.product(stages, (True,), (True, False), (False, True)))
-    if not quick:
-        choices += [(2, False, True, False), (2, False, False, False)]
+    """The grid of schedules; more buffers fit at head size 64."""
+    stages = (6 if head_size == 64 else 3,) if quick else (3, 4, 6) if head_size == 64 else (2, 3)
+    either = (False, True)
+    choices = itertools.product(stages, either, (0, 1, 2), either)
     return list(itertools.starmap(HopperConfig, choices))
 
 

@@ -4,12 +4,16 @@ The same result as `block_sparse.py`, and the same kinds of keys. Gluon is Trito
 language, in which the order of copies, products and waits is written out (FlashAttention-3, Shah
 et al. 2024, is the model). One program owns a tile of 128 queries of one head:
 
-* one warp copies the listed key and value tiles into a ring of buffers in shared memory;
+* one warp copies the listed key and value tiles into a ring of buffers in shared memory. A buffer
+  holds the key tile of one step and the value tile of the step before, which are needed together;
 * two groups of four warps take 64 query rows each. A group issues the scores of its next step
   before the output product of the last one, so that the tensor cores work under its softmax, and
-  the two groups take turns at issuing, so that one's softmax runs under the other's products.
+  the two groups may take turns at issuing, so that one's softmax runs under the other's products;
+* the output is rescaled only where a row's peak grew by more than 2 ** 8 (as FlashAttention-4 does
+  on Blackwell): weights may be up to 256, and their sum and log-sum say the same.
 
 Steps with a mask come first, in a loop of their own; `hopper_steps.py` says which they are.
+`hopper_assembly.py` has what Gluon can't say.
 
 Buffers are handed over by mbarriers: ``ready`` by the copy engine, ``empty`` by the two groups.
 """
@@ -40,12 +44,23 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from dit_accel.errors import OperatorUnavailableError
 from dit_accel.kernels.backend import why_no_hopper_kernel
 from dit_accel.kernels.block_sparse import check_call, empty_lse, fits_copy_engine
+from dit_accel.kernels.hopper_assembly import (
+    group_barrier,
+    packed_by_now,
+    pass_turn,
+    rescaled,
+    summed_by_now,
+    wait_turn,
+)
 from dit_accel.kernels.hopper_steps import ROWS, TILE, key_row, mask_words, program_work
 from dit_accel.kernels.tiles import TileLists
 from dit_accel.kernels.tuning import HopperConfig, hopper_config
 
 # Stands for "no key seen yet": finite, so that the difference of two peaks is never inf - inf.
 _NO_PEAK = gl.constexpr(-1e30)
+
+# Growth of a peak, as a power of 2, from which the output is rescaled. float16 weights have room.
+_GROWTH = gl.constexpr(8.0)
 
 # Registers per thread of the second group and of the copying warp, out of 12 warps of at most 168;
 # the first group gets what is left, also 240.
@@ -67,21 +82,18 @@ def _advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _copy(
-    descriptors, shared, lists, sizes, STAGES: gl.constexpr, PERSISTENT: gl.constexpr
-):  # fmt: skip
-    """The copying warp: all query, key and value tiles, in the order in which they are needed."""
+def _copy(descriptors, shared, lists, sizes, STAGES: gl.constexpr, PERSISTENT: gl.constexpr):
+    """The copying warp: queries and a first key tile; then each key tile with a value tile."""
     q_desc, k_desc, v_desc = descriptors
-    q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = shared
+    q_smem, k_smem, v_smem, q_ready, q_empty, ready, empty = shared
     q_bytes: gl.constexpr = 2 * q_desc.block_type.nbytes
     tile_bytes: gl.constexpr = k_desc.block_type.nbytes
-    programs = sizes[5]
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     q_phase = gl.to_tensor(1)
-    for program in range(gl.program_id(0), programs, gl.num_programs(0)):
+    for program in range(gl.program_id(0), sizes[5], gl.num_programs(0)):
         work = program_work(program, lists, sizes)
-        b, h, first, _end, _is_text, _row, _partials, _ragged, _masked, steps = work
+        b, h, first, steps = work[0], work[1], work[2], work[9]
         if PERSISTENT:
             mbarrier.wait(q_empty, q_phase)
             q_phase ^= 1
@@ -94,45 +106,28 @@ def _copy(
         # The list is read one step ahead: a copy would wait for its entry.
         ahead = key_row(gl.to_tensor(1), work, lists, sizes)
         if steps > 0:
-            mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_ready.index(stage), tile_bytes)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(ready.index(stage), tile_bytes)
             tma.async_copy_global_to_shared(
-                k_desc, [b, n, h, 0], k_ready.index(stage), k_smem.index(stage)
+                k_desc, [b, n, h, 0], ready.index(stage), k_smem.index(stage)
             )
-        for step in range(0, steps):
-            # The next key tile before this value tile.
-            v_stage, v_phase, v_n = stage, phase, n
             stage, phase = _advance(stage, phase, STAGES)
-            n = ahead
-            ahead = key_row(step + 2, work, lists, sizes)
-            more = step + 1 < steps
-            mbarrier.wait(k_empty.index(stage), phase, pred=more)
-            mbarrier.expect(k_ready.index(stage), tile_bytes, pred=more)
-            tma.async_copy_global_to_shared(
-                k_desc, [b, n, h, 0], k_ready.index(stage), k_smem.index(stage), pred=more
-            )
-            mbarrier.wait(v_empty.index(v_stage), v_phase)
-            mbarrier.expect(v_ready.index(v_stage), tile_bytes)
-            tma.async_copy_global_to_shared(
-                v_desc, [b, v_n, h, 0], v_ready.index(v_stage), v_smem.index(v_stage)
-            )
-
-
-@gluon.jit
-def _wait_turn(me: gl.constexpr):
-    """Wait until the other group has issued its products. Hardware barriers 8 and 9 are free."""
-    if me == 0:
-        gl.inline_asm_elementwise("bar.sync 8, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
-    else:
-        gl.inline_asm_elementwise("bar.sync 9, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
-
-
-@gluon.jit
-def _pass_turn(me: gl.constexpr):
-    if me == 0:
-        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
-    else:
-        gl.inline_asm_elementwise("bar.arrive 8, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+            for step in range(1, steps + 1):
+                v_n = n
+                n = ahead
+                ahead = key_row(step + 1, work, lists, sizes)
+                # After the last step comes its value tile alone.
+                more = step < steps
+                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.expect(ready.index(stage), 2 * tile_bytes, pred=more)
+                mbarrier.expect(ready.index(stage), tile_bytes, pred=step == steps)
+                tma.async_copy_global_to_shared(
+                    k_desc, [b, n, h, 0], ready.index(stage), k_smem.index(stage), pred=more
+                )
+                tma.async_copy_global_to_shared(
+                    v_desc, [b, v_n, h, 0], ready.index(stage), v_smem.index(stage)
+                )
+                stage, phase = _advance(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -173,10 +168,9 @@ def _softmax(s, peak, scale_log2, s_layout: gl.constexpr):
     """Weights ``2 ** (score - peak)``, the new peak, and what older weights shrink by."""
     split = s.reshape([ROWS, TILE // 32, 4, 4, 2])
     top = gl.max(gl.max(gl.max(gl.max(split, 4), 2), 1), 1)
-    top = gl.convert_layout(top, gl.SliceLayout(1, s_layout))
-    new_peak = gl.maximum(peak, top * scale_log2)
-    weights = gl.exp2(s * scale_log2 - new_peak[:, None])
-    return weights, new_peak, gl.exp2(peak - new_peak)
+    top = gl.convert_layout(top, gl.SliceLayout(1, s_layout)) * scale_log2
+    new_peak = gl.where(top > peak + _GROWTH, top, peak)
+    return gl.exp2(s * scale_log2 - new_peak[:, None]), new_peak, gl.exp2(peak - new_peak)
 
 
 @gluon.jit
@@ -189,46 +183,45 @@ def _shrunk_sum(total, shrink, weights):
 def _step(
     me: gl.constexpr, q, step, state, work, shared, lists, sizes, scale_log2,
     s_layout: gl.constexpr, o_layout: gl.constexpr, by_word: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, TURNS: gl.constexpr, LATE: gl.constexpr, PERSISTENT: gl.constexpr,
-    MASK: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr, EAGER: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Scores of this step, output product of the last one, softmax of this one."""
-    _q_smem, k_smem, v_smem, _q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = shared
-    acc, total, peak, p, shrink, stage, phase = state
-    steps = work[9]
+    k_smem, v_smem, ready, empty = shared[1], shared[2], shared[5], shared[6]
+    acc, total, peak, p, stage, phase = state
     if MASK:
         words = mask_words(me, step, work, lists, sizes, by_word)
-    v_stage, v_phase = stage, phase
-    stage, phase = _advance(stage, phase, STAGES)
     if TURNS:
-        _wait_turn(me)
+        # Triton wants a barrier of the group before the products: not between turn and products.
+        group_barrier()
+        wait_turn(me)
     s = _scores(q, k_smem.index(stage), s_layout, D)
-    mbarrier.wait(v_ready.index(v_stage), v_phase)
-    if LATE:
-        # Under the product of the scores; the wait, a branch, holds it there.
-        acc = acc * shrink[:, None]
-    acc = warpgroup_mma(p, v_smem.index(v_stage).reshape([TILE, D]), acc, is_async=True)
+    acc = warpgroup_mma(p, v_smem.index(stage).reshape([TILE, D]), acc, is_async=True)
     if TURNS:
-        _pass_turn(me)
+        pass_turn(me)
     s = warpgroup_mma_wait(1, deps=[s])
-    mbarrier.arrive(k_empty.index(stage), count=1)
-    if PERSISTENT:
-        mbarrier.arrive(q_empty, count=1, pred=step + 1 == steps)
     if MASK:
         s = _hide(s, words, by_word, s_layout)
     weights, peak, shrink = _softmax(s, peak, scale_log2, s_layout)
     total = _shrunk_sum(total, shrink, weights)
-    shrink = gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))
-    # The wait for the next key tile stands here, because ptxas moves the one for the product above
-    # the exponentials unless a branch is between them.
+    if EAGER > 0:
+        total = summed_by_now(total)
+    if EAGER > 1:
+        new_p = packed_by_now(_operand(weights, v_smem.dtype, o_layout))
+    # The wait for the next tiles stands here, because ptxas moves the one for the product above
+    # the exponentials unless a branch is between them. After the last step comes a value tile.
     next_stage, next_phase = _advance(stage, phase, STAGES)
-    mbarrier.wait(k_ready.index(next_stage), next_phase, pred=step + 1 < steps)
+    mbarrier.wait(ready.index(next_stage), next_phase)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-    mbarrier.arrive(v_empty.index(v_stage), count=1)
-    if not LATE:
-        acc = acc * shrink[:, None]
-    p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
-    return acc, total, peak, p, shrink, stage, phase
+    mbarrier.arrive(empty.index(stage), count=1)
+    acc = rescaled(acc, gl.convert_layout(shrink, gl.SliceLayout(1, o_layout)), D)
+    p = new_p if EAGER > 1 else _operand(weights, v_smem.dtype, o_layout)
+    return acc, total, peak, p, next_stage, next_phase
+
+
+@gluon.jit
+def _operand(weights, dtype: gl.constexpr, o_layout: gl.constexpr):
+    """Rounded weights, as the output product takes them."""
+    return gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, o_layout, 2))
 
 
 @gluon.jit
@@ -258,26 +251,27 @@ def _store(
 @gluon.jit
 def _attend(
     me: gl.constexpr, out_ptr, lse_ptr, shared, lists, sizes, scale_log2,
-    D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, LATE: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, EAGER: gl.constexpr,
     PERSISTENT: gl.constexpr, WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: products and softmax of ``ROWS`` query rows.
 
     Long, because the state of a step lives in registers, and all steps need all of it.
     """
-    q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = shared
+    q_smem, k_smem, v_smem, q_ready, q_empty, ready, empty = shared
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     no_scores = gl.zeros([ROWS, TILE], gl.float32, s_layout)
     by_word: gl.constexpr = no_scores.reshape([ROWS, TILE // 32, 32]).type.layout
+    # Early packing costs a move of each register, unless a pass of the loop has two steps.
+    PER_PASS: gl.constexpr = 2 if EAGER > 1 else 1
     q = q_smem.index(me).reshape([ROWS, D])
-    programs = sizes[5]
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
     if TURNS and me == 1:
-        _pass_turn(me)
-    for program in range(gl.program_id(0), programs, gl.num_programs(0)):
+        pass_turn(me)
+    for program in range(gl.program_id(0), sizes[5], gl.num_programs(0)):
         work = program_work(program, lists, sizes)
         masked, steps = work[8], work[9]
         acc = gl.zeros([ROWS, D], gl.float32, o_layout)
@@ -288,53 +282,54 @@ def _attend(
         if steps > 0:
             # The first step, with no output product to go with it.
             words = mask_words(me, gl.to_tensor(0), work, lists, sizes, by_word)
-            mbarrier.wait(k_ready.index(stage), phase)
+            mbarrier.wait(ready.index(stage), phase)
             s = _scores(q, k_smem.index(stage), s_layout, D)
             s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.arrive(empty.index(stage), count=1)
             s = _hide(s, words, by_word, s_layout)
-            weights, peak, shrink = _softmax(s, peak, scale_log2, s_layout)
+            weights, peak, _shrink = _softmax(s, peak, scale_log2, s_layout)
             total += _partial_sum(weights)
-            p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
-            shrink = gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))
-            next_stage, next_phase = _advance(stage, phase, STAGES)
-            mbarrier.wait(k_ready.index(next_stage), next_phase, pred=steps > 1)
+            p = _operand(weights, v_smem.dtype, o_layout)
+            stage, phase = _advance(stage, phase, STAGES)
+            mbarrier.wait(ready.index(stage), phase)
 
+            state = (acc, total, peak, p, stage, phase)
             for step in range(1, masked):
-                acc, total, peak, p, shrink, stage, phase = _step(
-                    me, q, step, (acc, total, peak, p, shrink, stage, phase),
-                    work, shared, lists, sizes, scale_log2, s_layout, o_layout, by_word,
-                    D, STAGES, TURNS, LATE, PERSISTENT, True,
+                state = _step(
+                    me, q, step, state, work, shared, lists, sizes, scale_log2, s_layout,
+                    o_layout, by_word, D, STAGES, TURNS, EAGER, True,
                 )  # fmt: skip
+            acc, total, peak, p, stage, phase = state
             # Two by two, or LLVM would unpack and pack them in each step of the next loop.
             p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], p.dtype, True, 2)
-            for step in range(gl.maximum(masked, 1), steps):
-                acc, total, peak, p, shrink, stage, phase = _step(
-                    me, q, step, (acc, total, peak, p, shrink, stage, phase),
-                    work, shared, lists, sizes, scale_log2, s_layout, o_layout, by_word,
-                    D, STAGES, TURNS, LATE, PERSISTENT, False,
+            state = (acc, total, peak, p, stage, phase)
+            rest = steps - gl.maximum(masked, 1)
+            for step in range(0, rest % PER_PASS):
+                state = _step(
+                    me, q, step, state, work, shared, lists, sizes, scale_log2, s_layout,
+                    o_layout, by_word, D, STAGES, TURNS, EAGER, False,
                 )  # fmt: skip
+            for step in range(0, rest // PER_PASS):
+                for _half in gl.static_range(PER_PASS):
+                    state = _step(
+                        me, q, step, state, work, shared, lists, sizes, scale_log2, s_layout,
+                        o_layout, by_word, D, STAGES, TURNS, EAGER, False,
+                    )  # fmt: skip
+            acc, total, peak, p, stage, phase = state
 
             # The last output product.
-            mbarrier.wait(v_ready.index(stage), phase)
-            if LATE:
-                # Written otherwise than in the loop: LLVM merges the two and moves them up.
-                acc = gl.inline_asm_elementwise(
-                    "mul.f32 $0, $1, $2;", "=f,f,f", [acc, shrink[:, None]], gl.float32, True, 1
-                )
             acc = warpgroup_mma(p, v_smem.index(stage).reshape([TILE, D]), acc, is_async=True)
             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-            mbarrier.arrive(v_empty.index(stage), count=1)
+            mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = _advance(stage, phase, STAGES)
         if PERSISTENT:
-            # With more steps it was released in the last of them.
-            mbarrier.arrive(q_empty, count=1, pred=steps <= 1)
+            mbarrier.arrive(q_empty, count=1)
         _store(
             acc, gl.sum(total, 1), peak, me, out_ptr, lse_ptr, work, sizes, D, o_layout, WITH_LSE
         )
     if TURNS and me == 0:
         # Leave no barrier half full.
-        _wait_turn(me)
+        wait_turn(me)
 
 
 @gluon.jit(do_not_specialize=_SIZES)
@@ -343,7 +338,7 @@ def _hopper_forward(
     full_count, full_index, partial_count, partial_index, partial_slot, bits, scale_log2,
     num_heads, num_video, num_text, video_start, text_start, programs,
     list_sb, list_sh, full_columns, partial_columns,
-    D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, LATE: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, EAGER: gl.constexpr,
     PERSISTENT: gl.constexpr, WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """Set up the buffers and barriers, and send the warps to their jobs."""
@@ -354,20 +349,16 @@ def _hopper_forward(
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_ready = gl.allocate_shared_memory(gl.int64, [1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     mbarrier.init(q_ready, count=1)
     mbarrier.init(q_empty, count=2)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
 
-    shared = (q_smem, k_smem, v_smem, q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
+    shared = (q_smem, k_smem, v_smem, q_ready, q_empty, ready, empty)
     lists = (full_count, full_index, partial_count, partial_index, partial_slot, bits)
     sizes = (num_heads, num_video, num_text, video_start, text_start, programs,
              list_sb, list_sh, full_columns, partial_columns)  # fmt: skip
@@ -375,9 +366,9 @@ def _hopper_forward(
     gl.warp_specialize(
         [
             (_attend, (0, out_ptr, lse_ptr, shared, lists, sizes, scale_log2,
-                       D, STAGES, TURNS, LATE, PERSISTENT, WITH_LSE)),
+                       D, STAGES, TURNS, EAGER, PERSISTENT, WITH_LSE)),
             (_attend, (1, out_ptr, lse_ptr, shared, lists, sizes, scale_log2,
-                       D, STAGES, TURNS, LATE, PERSISTENT, WITH_LSE)),
+                       D, STAGES, TURNS, EAGER, PERSISTENT, WITH_LSE)),
             (_copy, ((q_desc, k_desc, v_desc), shared, lists, sizes, STAGES, PERSISTENT)),
         ],
         [4, 1],
@@ -467,7 +458,7 @@ def _hopper_op(
             num_text if text_first else 0, 0 if text_first else num_video, programs,
             list_heads * rows if list_batch > 1 else 0, rows if list_heads > 1 else 0,
             full_index.shape[-1], partial_index.shape[-1],
-            D=head_size, STAGES=cfg.stages, TURNS=bool(cfg.turns), LATE=bool(cfg.late),
+            D=head_size, STAGES=cfg.stages, TURNS=bool(cfg.turns), EAGER=cfg.eager,
             PERSISTENT=bool(cfg.persistent), WITH_LSE=with_lse, num_warps=4, maxnreg=168,
         )  # fmt: skip
     return out, lse

@@ -1,11 +1,10 @@
 """Block-sparse attention forward in 8 bits for Hopper, in Gluon.
 
-The same result as `block_sparse_quantised.py`, with the jobs and
-the barriers of `block_sparse_hopper.py`, which explains them. What differs: tiles are those that
-`quantise.py` laid out; each step's product of weights and values stands alone in registers, and is
-added to the output in float32 one step later; weights are rounded to e4m3 where they are, without
-moving. On an H100 it is right, and slower than the portable kernel (`benchmarks/NOTES.md`), which
-"auto" therefore prefers.
+The same result as `block_sparse_quantised.py`, with the jobs and the barriers of
+`block_sparse_hopper.py`, which explains them. What differs: tiles are those that `quantise.py` laid
+out; weights are rounded to e4m3 where they are, without moving; the groups take no turns; output
+products add up in the tensor cores, as in FlashAttention-3. Those have fewer bits than float32 for
+8-bit products, which costs under .2 % of the error that 8 bits make (`benchmarks/NOTES.md`).
 """
 
 # Gluon's functions take tensors, barriers and constants under the same names: types say little.
@@ -37,10 +36,9 @@ from dit_accel.kernels.block_sparse_hopper import (
     _advance,
     _hide,
     _partial_sum,
-    _pass_turn,
     _shrunk_sum,
-    _wait_turn,
 )
+from dit_accel.kernels.hopper_assembly import rescaled, summed_by_now
 from dit_accel.kernels.hopper_steps import ROWS, TILE, key_row, mask_words, program_work
 from dit_accel.kernels.precision import why_no_hopper_precision
 from dit_accel.kernels.quantise import add_mean_key, quantise
@@ -57,12 +55,12 @@ _SIZES = (
 
 @gluon.jit
 def _copy(descriptors, shared, lists, sizes, length, D: gl.constexpr, STAGES: gl.constexpr):
-    """The copying warp: all query, key and value tiles, in the order in which they are needed."""
+    """The copying warp: queries and a first key tile; then each key tile with a value tile."""
     q_desc, k_desc, v_desc = descriptors
-    q_smem, k_smem, v_smem, q_ready, k_ready, k_empty, v_ready, v_empty = shared
+    q_smem, k_smem, v_smem, q_ready, ready, empty = shared
     tile_bytes: gl.constexpr = TILE * D
     work = program_work(gl.program_id(0), lists, sizes)
-    b, h, first, _end, _is_text, _row, _partials, _ragged, _masked, steps = work
+    b, h, first, steps = work[0], work[1], work[2], work[9]
     head = b * sizes[0] + h
     base = head * length
     mbarrier.expect(q_ready, tile_bytes)
@@ -76,28 +74,28 @@ def _copy(descriptors, shared, lists, sizes, length, D: gl.constexpr, STAGES: gl
     # The list is read one step ahead: a copy would wait for its entry.
     ahead = key_row(gl.to_tensor(1), work, lists, sizes)
     if steps > 0:
-        mbarrier.wait(k_empty.index(stage), phase)
-        mbarrier.expect(k_ready.index(stage), tile_bytes)
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(ready.index(stage), tile_bytes)
         tma.async_copy_global_to_shared(
-            k_desc, [base + n, 0], k_ready.index(stage), k_smem.index(stage)
+            k_desc, [base + n, 0], ready.index(stage), k_smem.index(stage)
         )
-    for step in range(0, steps):
-        # The next key tile before this value tile.
-        v_stage, v_phase, v_n = stage, phase, n
         stage, phase = _advance(stage, phase, STAGES)
-        n = ahead
-        ahead = key_row(step + 2, work, lists, sizes)
-        more = step + 1 < steps
-        mbarrier.wait(k_empty.index(stage), phase, pred=more)
-        mbarrier.expect(k_ready.index(stage), tile_bytes, pred=more)
-        tma.async_copy_global_to_shared(
-            k_desc, [base + n, 0], k_ready.index(stage), k_smem.index(stage), pred=more
-        )
-        mbarrier.wait(v_empty.index(v_stage), v_phase)
-        mbarrier.expect(v_ready.index(v_stage), tile_bytes)
-        tma.async_copy_global_to_shared(
-            v_desc, [head * D, v_n], v_ready.index(v_stage), v_smem.index(v_stage)
-        )
+        for step in range(1, steps + 1):
+            v_n = n
+            n = ahead
+            ahead = key_row(step + 1, work, lists, sizes)
+            # After the last step comes its value tile alone.
+            more = step < steps
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(ready.index(stage), 2 * tile_bytes, pred=more)
+            mbarrier.expect(ready.index(stage), tile_bytes, pred=step == steps)
+            tma.async_copy_global_to_shared(
+                k_desc, [base + n, 0], ready.index(stage), k_smem.index(stage), pred=more
+            )
+            tma.async_copy_global_to_shared(
+                v_desc, [head * D, v_n], ready.index(stage), v_smem.index(stage)
+            )
+            stage, phase = _advance(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -108,10 +106,10 @@ def _scores(q, k_tile, s_layout: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(p, v_tile, o_layout: gl.constexpr, D: gl.constexpr):
-    """What one step adds to the output: Hopper adds 8-bit products up with few bits."""
-    zero = gl.zeros([ROWS, D], gl.float32, o_layout)
-    return warpgroup_mma(p, v_tile.permute([1, 0]), zero, use_acc=False, is_async=True)
+def _weigh(packed, v_tile, acc, o_layout: gl.constexpr):
+    """Add what one step gives to the output."""
+    p = _as_operand(packed, o_layout)
+    return warpgroup_mma(p, v_tile.permute([1, 0]), acc, is_async=True)
 
 
 @gluon.jit
@@ -158,40 +156,36 @@ def _as_operand(packed, o_layout: gl.constexpr):
 def _step(
     me: gl.constexpr, q, step, state, work, shared, lists, sizes, factors, s_layout: gl.constexpr,
     o_layout: gl.constexpr, by_word: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    MASK: gl.constexpr,
+    EAGER: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Scores of this step, output product of the last one, softmax of this one."""
-    _q_smem, k_smem, v_smem, _q_ready, k_ready, k_empty, v_ready, v_empty = shared
-    acc, total, peak, p, shrink, stage, phase, scale = state
+    k_smem, v_smem, ready, empty = shared[1], shared[2], shared[4], shared[5]
+    acc, total, peak, p, stage, phase, scale, ahead = state
     q_factor, key_scale = factors
-    steps = work[9]
     if MASK:
         words = mask_words(me, step, work, lists, sizes, by_word)
-    v_stage, v_phase = stage, phase
-    stage, phase = _advance(stage, phase, STAGES)
-    _wait_turn(me)
     s = _scores(q, k_smem.index(stage), s_layout)
-    mbarrier.wait(v_ready.index(v_stage), v_phase)
-    part = _weigh(_as_operand(p, o_layout), v_smem.index(v_stage), o_layout, D)
-    _pass_turn(me)
+    acc = _weigh(p, v_smem.index(stage), acc, o_layout)
     factor = q_factor * scale
-    # One step ahead, as the list is.
-    scale = gl.load(key_scale + key_row(step + 1, work, lists, sizes) // TILE)
+    # The scale of the next step by an entry of the list that came a step ago: loading the one
+    # needs not wait for loading the other.
+    scale = gl.load(key_scale + ahead // TILE)
+    ahead = key_row(step + 2, work, lists, sizes)
     s = warpgroup_mma_wait(1, deps=[s]).to(gl.float32)
-    mbarrier.arrive(k_empty.index(stage), count=1)
     if MASK:
         s = _hide(s, words, by_word, s_layout)
-    weights, peak, next_shrink = _softmax(s, peak, factor)
-    total = _shrunk_sum(total, next_shrink, weights)
+    weights, peak, shrink = _softmax(s, peak, factor)
+    total = _shrunk_sum(total, shrink, weights)
+    if EAGER:
+        total = summed_by_now(total)
     # As in `block_sparse_hopper.py`, this wait keeps the one for the product behind the softmax.
     next_stage, next_phase = _advance(stage, phase, STAGES)
-    mbarrier.wait(k_ready.index(next_stage), next_phase, pred=step + 1 < steps)
-    part, p = warpgroup_mma_wait(0, deps=[part, p])
-    mbarrier.arrive(v_empty.index(v_stage), count=1)
-    acc = acc * shrink[:, None] + part
+    mbarrier.wait(ready.index(next_stage), next_phase)
+    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+    mbarrier.arrive(empty.index(stage), count=1)
+    acc = rescaled(acc, gl.convert_layout(shrink, gl.SliceLayout(1, o_layout)), D)
     p = _rounded(weights, o_layout)
-    shrink = gl.convert_layout(next_shrink, gl.SliceLayout(1, o_layout))
-    return acc, total, peak, p, shrink, stage, phase, scale
+    return acc, total, peak, p, next_stage, next_phase, scale, ahead
 
 
 @gluon.jit
@@ -232,21 +226,19 @@ def _store(
 @gluon.jit
 def _attend(
     me: gl.constexpr, outputs, channels, factors, shared, lists, sizes, starts, length,
-    D: gl.constexpr, STAGES: gl.constexpr, WITH_LSE: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, EAGER: gl.constexpr, WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: products and softmax of ``ROWS`` query rows.
 
     Long, because the state of a step lives in registers, and all steps need all of it.
     """
-    q_smem, k_smem, v_smem, q_ready, k_ready, k_empty, v_ready, _v_empty = shared
+    q_smem, k_smem, v_smem, q_ready, ready, empty = shared
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     no_scores = gl.zeros([ROWS, TILE], gl.float32, s_layout)
     by_word: gl.constexpr = no_scores.reshape([ROWS, TILE // 32, 32]).type.layout
     q = q_smem.index(me)
-    if me == 1:
-        _pass_turn(me)
     work = program_work(gl.program_id(0), lists, sizes)
     b, h, first, masked, steps = work[0], work[1], work[2], work[8], work[9]
     head = (b * sizes[0] + h).to(gl.int64)
@@ -266,43 +258,38 @@ def _attend(
         scale = gl.load(key_scale + key_row(gl.to_tensor(0), work, lists, sizes) // TILE)
         factor = q_factor * scale
         scale = gl.load(key_scale + key_row(gl.to_tensor(1), work, lists, sizes) // TILE)
-        mbarrier.wait(k_ready.index(stage), phase)
+        ahead = key_row(gl.to_tensor(2), work, lists, sizes)
+        mbarrier.wait(ready.index(stage), phase)
         s = _scores(q, k_smem.index(stage), s_layout)
         s = warpgroup_mma_wait(0, deps=[s]).to(gl.float32)
-        mbarrier.arrive(k_empty.index(stage), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
         s = _hide(s, words, by_word, s_layout)
-        weights, peak, shrink = _softmax(s, peak, factor)
+        weights, peak, _shrink = _softmax(s, peak, factor)
         total += _partial_sum(weights)
         p = _rounded(weights, o_layout)
-        shrink = gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))
-        next_stage, next_phase = _advance(stage, phase, STAGES)
-        mbarrier.wait(k_ready.index(next_stage), next_phase, pred=steps > 1)
+        stage, phase = _advance(stage, phase, STAGES)
+        mbarrier.wait(ready.index(stage), phase)
 
+        state = (acc, total, peak, p, stage, phase, scale, ahead)
         for step in range(1, masked):
-            acc, total, peak, p, shrink, stage, phase, scale = _step(
-                me, q, step, (acc, total, peak, p, shrink, stage, phase, scale),
-                work, shared, lists, sizes, (q_factor, key_scale), s_layout, o_layout, by_word,
-                D, STAGES, True,
+            state = _step(
+                me, q, step, state, work, shared, lists, sizes, (q_factor, key_scale), s_layout,
+                o_layout, by_word, D, STAGES, EAGER, True,
             )  # fmt: skip
         for step in range(gl.maximum(masked, 1), steps):
-            acc, total, peak, p, shrink, stage, phase, scale = _step(
-                me, q, step, (acc, total, peak, p, shrink, stage, phase, scale),
-                work, shared, lists, sizes, (q_factor, key_scale), s_layout, o_layout, by_word,
-                D, STAGES, False,
+            state = _step(
+                me, q, step, state, work, shared, lists, sizes, (q_factor, key_scale), s_layout,
+                o_layout, by_word, D, STAGES, EAGER, False,
             )  # fmt: skip
+        acc, total, peak, p, stage, phase, scale, ahead = state
 
         # The last output product.
-        mbarrier.wait(v_ready.index(stage), phase)
-        part = _weigh(_as_operand(p, o_layout), v_smem.index(stage), o_layout, D)
-        part, p = warpgroup_mma_wait(0, deps=[part, p])
-        acc = acc * shrink[:, None] + part
+        acc = _weigh(p, v_smem.index(stage), acc, o_layout)
+        acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     _store(
         acc, gl.sum(total, 1), peak, me, outputs, channels, work, sizes, starts,
         D, o_layout, WITH_LSE,
     )  # fmt: skip
-    if me == 0:
-        # Leave no barrier half full.
-        _wait_turn(me)
 
 
 @gluon.jit(do_not_specialize=_SIZES)
@@ -311,7 +298,7 @@ def _hopper_forward(
     full_count, full_index, partial_count, partial_index, partial_slot, bits,
     num_heads, num_video, num_text, text_row, length, programs,
     list_sb, list_sh, full_columns, partial_columns, out_video, out_text,
-    D: gl.constexpr, STAGES: gl.constexpr, WITH_LSE: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, EAGER: gl.constexpr, WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """Set up the buffers and barriers, and send the warps to their jobs."""
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
@@ -323,19 +310,15 @@ def _hopper_forward(
     )
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_ready = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     mbarrier.init(q_ready, count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
 
-    shared = (q_smem, k_smem, v_smem, q_ready, k_ready, k_empty, v_ready, v_empty)
+    shared = (q_smem, k_smem, v_smem, q_ready, ready, empty)
     lists = (full_count, full_index, partial_count, partial_index, partial_slot, bits)
     # Rows as `quantise.py` numbers them: the video starts at 0.
     sizes = (num_heads, num_video, num_text, gl.to_tensor(0), text_row, programs,
@@ -344,9 +327,9 @@ def _hopper_forward(
     gl.warp_specialize(
         [
             (_attend, (0, (out_ptr, lse_ptr), (v_scale, v_mean), (q_factor, key_scale), shared,
-                       lists, sizes, (out_video, out_text), length, D, STAGES, WITH_LSE)),
+                       lists, sizes, (out_video, out_text), length, D, STAGES, EAGER, WITH_LSE)),
             (_attend, (1, (out_ptr, lse_ptr), (v_scale, v_mean), (q_factor, key_scale), shared,
-                       lists, sizes, (out_video, out_text), length, D, STAGES, WITH_LSE)),
+                       lists, sizes, (out_video, out_text), length, D, STAGES, EAGER, WITH_LSE)),
             (_copy, ((q_desc, k_desc, v_desc), shared, lists, sizes, length, D, STAGES)),
         ],
         [4, 1],
@@ -365,7 +348,8 @@ def hopper_quantised_attention(
     text_first: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
-    stages: int = 3,
+    stages: int = 4,
+    eager: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`quantised_block_sparse_attention`, for fewer calls.
 
@@ -379,7 +363,8 @@ def hopper_quantised_attention(
         text_first: see there.
         scale: see there.
         return_lse: see there.
-        stages: buffers for key tiles, and as many for value tiles: 2 to 6, or 12 for head size 64.
+        stages: buffers for a key and a value tile: 2 to 6, or 12 for head size 64.
+        eager: see `HopperConfig`: whether weights are summed under the exponentials.
 
     Returns:
         As there.
@@ -393,7 +378,7 @@ def hopper_quantised_attention(
     out, lse = _hopper_op(
         query, key, value, lists.full_count, lists.full_index, lists.partial_count,
         lists.partial_index, lists.partial_slot, lists.bits, lists.block_size, lists.num_tokens,
-        precision, text_first, scale, stages, return_lse,
+        precision, text_first, scale, stages, eager, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -404,7 +389,7 @@ def _hopper_op(
     full_count: Tensor, full_index: Tensor,
     partial_count: Tensor, partial_index: Tensor, partial_slot: Tensor, bits: Tensor,
     block_size: int, num_video: int, precision: str, text_first: bool, scale: float, stages: int,
-    with_lse: bool,
+    eager: bool, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the kernels. A custom operator, so that torch.compile traces past it unbroken."""
     batch, num_tokens, heads, head_size = query.shape
@@ -432,7 +417,7 @@ def _hopper_op(
             list_heads * rows if list_batch > 1 else 0, rows if list_heads > 1 else 0,
             full_index.shape[-1], partial_index.shape[-1],
             num_text if text_first else 0, 0 if text_first else num_video,
-            D=head_size, STAGES=stages, WITH_LSE=with_lse, num_warps=4, maxnreg=168,
+            D=head_size, STAGES=stages, EAGER=eager, WITH_LSE=with_lse, num_warps=4, maxnreg=168,
         )  # fmt: skip
     return out, add_mean_key(lse, query, made, scale)
 

@@ -78,15 +78,17 @@ class HopperConfig:
     """How the Gluon kernel for Hopper runs; the result does not depend on it beyond rounding.
 
     Attributes:
-        stages: buffers for key tiles, and as many for value tiles: 2, 3 or (head size 64) 4.
+        stages: buffers for a key and a value tile: 2 or 3, or (head size 64) up to 6.
         turns: whether the two groups of warps take turns at issuing products.
-        late: whether the output is rescaled under the next scores, not right after the softmax.
+        eager: what is done under the exponentials, and not after the wait that follows them: 0
+            leaves it to the compiler, 1 adds up the weights, 2 packs them too, two steps to a pass
+            of the loop. Only 0 has run on a GPU.
         persistent: whether one program per multiprocessor takes many query tiles.
     """
 
-    stages: int = 2
+    stages: int = 3
     turns: bool = True
-    late: bool = True
+    eager: int = 0
     persistent: bool = False
 
 
@@ -100,7 +102,11 @@ def hopper_config(head_size: int, longest: int, with_text: bool) -> HopperConfig
     """
     # A persistent program loads its next queries early, which pays when it visits few keys; it
     # can't balance the few programs of text queries, which take many times as long.
-    return HopperConfig(late=head_size == 128, persistent=longest < LONG_LIST and not with_text)
+    persistent = longest < LONG_LIST and not with_text
+    if head_size == 64:
+        # Exponentials take as long as products, and the groups keep apart by themselves.
+        return HopperConfig(stages=6, turns=False, persistent=persistent)
+    return HopperConfig(persistent=persistent)
 
 
 @dataclass(frozen=True)

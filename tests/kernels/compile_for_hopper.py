@@ -37,12 +37,12 @@ def compiled(head_size: int, config: HopperConfig) -> Any:
         kernel._descriptor(x, 64), kernel._descriptor(x, 128), kernel._descriptor(x, 128),
         x, torch.empty(4), index[..., 0], index, index[..., 0], index, index,
         torch.zeros(1, 128, 4, dtype=torch.int32), 0.1, 2, 300, 7, 0, 293, 8, 0, 0, 3, 3,
-        D=head_size, STAGES=config.stages, TURNS=config.turns, LATE=config.late,
+        D=head_size, STAGES=config.stages, TURNS=config.turns, EAGER=config.eager,
         PERSISTENT=config.persistent, WITH_LSE=True, num_warps=4, maxnreg=168, grid=(8,),
     )  # fmt: skip
 
 
-def quantised(head_size: int, low: torch.dtype) -> Any:
+def quantised(head_size: int, low: torch.dtype, eager: bool) -> Any:
     """Compile the 8-bit kernel."""
     query = torch.empty(1, 2, 512, head_size, dtype=low)
     value = torch.empty(1, 2, head_size, 512, dtype=torch.float8_e4m3fn)
@@ -54,16 +54,16 @@ def quantised(head_size: int, low: torch.dtype) -> Any:
         rounding.descriptor(value, head_size, 128), numbers, numbers, numbers, numbers,
         x, numbers, index[..., 0], index, index[..., 0], index, index,
         torch.zeros(1, 128, 4, dtype=torch.int32), 2, 300, 7, 384, 512, 8, 0, 0, 3, 3, 0, 300,
-        D=head_size, STAGES=3, WITH_LSE=True, num_warps=4, maxnreg=168, grid=(8,),
+        D=head_size, STAGES=4, EAGER=eager, WITH_LSE=True, num_warps=4, maxnreg=168, grid=(8,),
     )  # fmt: skip
 
 
 if __name__ == "__main__":
     driver.set_active(NoDriver())
     for head_size, config in (
-        (128, HopperConfig(stages=3, persistent=True)),
-        (64, HopperConfig(late=False)),
+        (128, HopperConfig(persistent=True)),
+        (64, HopperConfig(stages=6, turns=False, eager=2)),
     ):
         print(compiled(head_size, config).metadata.shared)
-    print(quantised(128, torch.float8_e4m3fn).metadata.shared)
-    print(quantised(64, torch.int8).metadata.shared)
+    print(quantised(128, torch.float8_e4m3fn, False).metadata.shared)
+    print(quantised(64, torch.int8, True).metadata.shared)

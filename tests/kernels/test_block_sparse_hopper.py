@@ -44,10 +44,10 @@ needs_hopper = pytest.mark.skipif(REFUSED is not None, reason=str(REFUSED))
 CONFIGS = [
     HopperConfig(),
     HopperConfig(persistent=True),
-    HopperConfig(late=False),
-    HopperConfig(turns=False, late=False),
-    HopperConfig(stages=3),
-    HopperConfig(stages=3, late=False, persistent=True),
+    HopperConfig(turns=False),
+    HopperConfig(eager=2),
+    HopperConfig(stages=2, turns=False, eager=2),
+    HopperConfig(stages=2, eager=1, persistent=True),
 ]
 
 
