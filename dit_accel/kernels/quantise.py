@@ -1,4 +1,5 @@
-"""Query, key and value in 8 bits, laid out for the kernel: one pass over them.
+"""Query, key and value in 8 bits, laid out for the kernel: a pass over keys and values for their
+means and ranges, and one over all three.
 
 `quantised_reference.py` says what is rounded, and how. Video rows come first and text rows last,
 each padded with zeros to whole tiles of 128, heads before rows: the attention kernel then reads
@@ -25,6 +26,9 @@ TILE = 128
 
 E4M3_MAX = tl.constexpr(448.0)
 INT8_MAX = tl.constexpr(127.0)
+
+CHUNK = 512
+"""Rows whose sums and ranges one program finds."""
 
 _SIZES = ("num_heads", "num_video", "num_text", "video_start", "text_start")
 
@@ -91,6 +95,85 @@ def by_lane(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.reshape(tl.permute(split, (0, 1, 3, 2, 4)), (ROWS, COLUMNS))
 
 
+@triton.jit
+def _range_of(
+    x_ptr, first, end, stride_n, stride_d,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sum, least and most of each channel over rows ``[first, end)``, at most ``CHUNK``."""
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    least = tl.full([ROWS, BLOCK_D], float("inf"), tl.float32)
+    most = tl.full([ROWS, BLOCK_D], float("-inf"), tl.float32)
+    for start in range(0, CHUNK, ROWS):
+        row = first + start
+        x = _load_rows(x_ptr, row, end, stride_n, stride_d, ROWS, HEAD_SIZE, BLOCK_D, True)
+        x = x.to(tl.float32)
+        inside = (row + tl.arange(0, ROWS) < end)[:, None]
+        total += x
+        least = tl.minimum(least, tl.where(inside, x, float("inf")))
+        most = tl.maximum(most, tl.where(inside, x, float("-inf")))
+    return tl.sum(total, 0), tl.min(least, 0), tl.max(most, 0)
+
+
+@triton.jit(do_not_specialize=("num_heads", "num_tokens"))
+def _find_ranges(
+    k_ptr, v_ptr, found_ptr, num_heads, num_tokens,
+    k_sb, k_sn, k_sh, k_sd, v_sb, v_sn, v_sh, v_sd,
+    CHUNK: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: float32 ``[4, BLOCK_D]`` of one chunk of a head.
+
+    Sums of keys, and sums, least and most of values.
+    """
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // num_heads, bh % num_heads
+    first = tl.program_id(0) * CHUNK
+    columns = tl.arange(0, BLOCK_D)
+    found = found_ptr + (bh * tl.num_programs(0) + tl.program_id(0)) * 4 * BLOCK_D + columns
+    k_base = k_ptr + b * k_sb + h * k_sh
+    v_base = v_ptr + b * v_sb + h * v_sh
+    k_sum, _least, _most = _range_of(
+        k_base, first, num_tokens, k_sn, k_sd, CHUNK, 32, HEAD_SIZE, BLOCK_D
+    )
+    v_sum, least, most = _range_of(
+        v_base, first, num_tokens, v_sn, v_sd, CHUNK, 32, HEAD_SIZE, BLOCK_D
+    )
+    tl.store(found, k_sum)
+    tl.store(found + BLOCK_D, v_sum)
+    tl.store(found + 2 * BLOCK_D, least)
+    tl.store(found + 3 * BLOCK_D, most)
+
+
+@triton.jit(do_not_specialize=("chunks", "num_tokens"))
+def _join_ranges(
+    found_ptr, k_mean_ptr, v_mean_ptr, v_scale_ptr, chunks, num_tokens,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: means and scales of one head, from its chunks."""
+    bh = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    k_sum = tl.zeros([32, BLOCK_D], tl.float32)
+    v_sum = tl.zeros([32, BLOCK_D], tl.float32)
+    least = tl.full([32, BLOCK_D], float("inf"), tl.float32)
+    most = tl.full([32, BLOCK_D], float("-inf"), tl.float32)
+    for start in range(0, chunks, 32):
+        chunk = start + tl.arange(0, 32)
+        inside = (chunk < chunks)[:, None]
+        found = found_ptr + (bh * chunks + chunk)[:, None] * 4 * BLOCK_D + columns[None, :]
+        k_sum += tl.load(found, mask=inside, other=0.0)
+        v_sum += tl.load(found + BLOCK_D, mask=inside, other=0.0)
+        least = tl.minimum(least, tl.load(found + 2 * BLOCK_D, mask=inside, other=float("inf")))
+        most = tl.maximum(most, tl.load(found + 3 * BLOCK_D, mask=inside, other=float("-inf")))
+    mean = tl.sum(v_sum, 0) / num_tokens
+    largest = tl.maximum(tl.max(most, 0) - mean, mean - tl.min(least, 0))
+    scale = tl.where(largest > 0, largest / E4M3_MAX, 1.0)
+    channel = bh * HEAD_SIZE + columns
+    inside = columns < HEAD_SIZE
+    tl.store(k_mean_ptr + channel, tl.sum(k_sum, 0) / num_tokens, mask=inside)
+    tl.store(v_mean_ptr + channel, mean, mask=inside)
+    tl.store(v_scale_ptr + channel, scale, mask=inside)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _quantise(
     q_ptr, k_ptr, v_ptr, k_mean_ptr, v_mean_ptr, v_scale_ptr,
@@ -121,7 +204,7 @@ def _quantise(
     q = _load_rows(q_base, first, end, q_sn, q_sd, ROWS, HEAD_SIZE, BLOCK_D, True).to(tl.float32)
     peak = tl.max(tl.abs(q), 1)
     scale = tl.where(peak > 0, peak / steps, 1.0)
-    tl.store(q_out + out, to_low(q / scale[:, None], low, INTERPRETED))
+    tl.store(q_out + out, to_low(q * (1.0 / scale)[:, None], low, INTERPRETED))
     tl.store(q_factor + out_rows, scale * scale_log2)
 
     k_base = k_ptr + b * k_sb + h * k_sh
@@ -132,7 +215,7 @@ def _quantise(
     peaks = tl.max(tl.reshape(tl.max(tl.abs(k), 1), (BLOCKS, KEY_BLOCK)), 1)
     scales = tl.where(peaks > 0, peaks / steps, 1.0)
     of_row = tl.reshape(tl.broadcast_to(scales[:, None], (BLOCKS, KEY_BLOCK)), (ROWS,))
-    tl.store(k_out + out, to_low(k / of_row[:, None], low, INTERPRETED))
+    tl.store(k_out + out, to_low(k * (1.0 / of_row)[:, None], low, INTERPRETED))
     out_blocks = (bh * tl.num_programs(0) + tile) * BLOCKS + tl.arange(0, BLOCKS)
     tl.store(k_scale + out_blocks, scales)
 
@@ -142,7 +225,7 @@ def _quantise(
         channel = bh * HEAD_SIZE + columns
         mean = tl.load(v_mean_ptr + channel, mask=columns < HEAD_SIZE, other=0.0)
         scale = tl.load(v_scale_ptr + channel, mask=columns < HEAD_SIZE, other=1.0)
-        v = tl.where(inside, (v.to(tl.float32) - mean[None, :]) / scale[None, :], 0.0)
+        v = tl.where(inside, (v.to(tl.float32) - mean[None, :]) * (1.0 / scale)[None, :], 0.0)
         v = by_lane(tl.trans(to_e4m3(v, INTERPRETED)), BLOCK_D, ROWS)
         channels = bh * BLOCK_D + columns
         row_length = tl.num_programs(0) * ROWS
@@ -179,29 +262,32 @@ def quantise(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*lead, *shape, dtype=dtype, device=query.device)
 
-    key_mean = key.mean(1, dtype=torch.float32)
-    value_mean, value_scale = empty(0), empty(0)
-    if narrow_values:
-        value_mean = value.mean(1, dtype=torch.float32)
-        least, most = (x.float() for x in value.aminmax(dim=1))
-        largest = torch.maximum(most - value_mean, value_mean - least)
-        value_scale = torch.where(largest > 0, largest / E4M3_MAX.value, 1.0)
     made = Quantised(
         query=empty(padded, block_d, dtype=low),
         query_factor=empty(padded),
         key=empty(padded, block_d, dtype=low),
         key_scale=empty(padded // key_block),
         key_block=key_block,
-        key_mean=key_mean,
+        key_mean=empty(head_size),
         value=empty(block_d, padded, dtype=torch.float8_e4m3fn)
         if narrow_values
         else empty(padded, block_d, dtype=value.dtype),
-        value_scale=value_scale,
-        value_mean=value_mean,
+        value_scale=empty(head_size),
+        value_mean=empty(head_size),
     )
+    chunks = triton.cdiv(num_tokens, CHUNK)
+    found = empty(chunks, 4, block_d)
     with torch.cuda.device_of(query):
+        _find_ranges[(chunks, batch * heads)](
+            key, value, found, heads, num_tokens, *key.stride(), *value.stride(),
+            CHUNK=CHUNK, HEAD_SIZE=head_size, BLOCK_D=block_d, num_warps=8,
+        )  # fmt: skip
+        _join_ranges[(batch * heads,)](
+            found, made.key_mean, made.value_mean, made.value_scale, chunks, num_tokens,
+            HEAD_SIZE=head_size, BLOCK_D=block_d,
+        )  # fmt: skip
         _quantise[(tiles, batch * heads)](
-            query, key, value, key_mean, value_mean, value_scale,
+            query, key, value, made.key_mean, made.value_mean, made.value_scale,
             made.query, made.query_factor, made.key, made.key_scale, made.value,
             scale * math.log2(math.e), heads, num_video, num_text,
             num_text if text_first else 0, 0 if text_first else num_video,
