@@ -1,18 +1,11 @@
 """Trial loops of the kernel for Hopper, not part of the library; `hopper_variants.py` runs them.
 
-The jobs, lists and masks of `dit_accel/kernels/block_sparse_hopper.py`, with a leaner step:
+`dit_accel/kernels/block_sparse_hopper.py` with things that it hasn't:
 
-* the key tile of a step and the value tile of the step before arrive together, under one barrier,
-  and are released together: one wait and one release for a step, not two of each;
-* the output is rescaled only where a row's peak grew by more than 2 ** 8, by a branch of the warp;
-  weights may then be larger than 1, up to 256, and the sum and log-sum say the same as before;
 * ``poly``: so many of eight exponentials, at most two, are polynomials on the ordinary units, as
   FlashAttention-4 has them on Blackwell: the units for exponentials are the narrowest;
-* ``turn``: when the other group may issue its products: "issued" (once this one's are), "scores"
-  (once this one's scores are done, under its output product), "middle" (once this one has issued
-  its scores) or "none";
-* ``early``: weights are packed before the wait for the output product, two steps to a pass of the
-  loop, so that no register has to be moved;
+* ``held``: the group's queries stay in registers, so that the tensor cores read only keys from
+  shared memory for the scores: a third less of it;
 * ``clock``: counts the cycles of each part of a step.
 """
 
@@ -33,7 +26,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -41,30 +33,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dit_accel.kernels.block_sparse_hopper import (
     _COPY_REGISTERS,
     _GROUP_REGISTERS,
+    _GROWTH,
     _NO_PEAK,
     _SIZES,
     _advance,
+    _copy,
     _descriptor,
     _hide,
+    _operand,
     _partial_sum,
-    _pass_turn,
     _scores,
     _shrunk_sum,
     _store,
-    _wait_turn,
 )
-from dit_accel.kernels.hopper_steps import ROWS, TILE, key_row, mask_words, program_work
+from dit_accel.kernels.hopper_assembly import (
+    group_barrier,
+    packed_by_now,
+    pass_turn,
+    rescaled,
+    summed_by_now,
+    wait_turn,
+)
+from dit_accel.kernels.hopper_steps import ROWS, TILE, mask_words, program_work
 from dit_accel.kernels.tiles import TileLists
 from dit_accel.kernels.tuning import LONG_LIST
 
 PARTS = ("turn", "scores issued", "output issued", "scores done", "softmax", "output done", "rest")
 """Parts of a step whose cycles ``clock`` counts."""
-
-# The same under its names in Triton 3.6 and later.
-_group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-# Growth of a peak, as a power of 2, from which the output is rescaled.
-_GROWTH = gl.constexpr(8.0)
 
 
 @dataclass(frozen=True)
@@ -72,46 +67,16 @@ class Variant:
     """One trial loop; see the top of this file.
 
     Attributes:
-        stages: buffers for pairs of a key and a value tile; 0 takes as many as fit.
-        turn: "issued", "scores", "middle" or "none".
-        growth: whether the output is rescaled only where a peak grew much.
         poly: exponentials out of eight that are polynomials: 0, 1 or 2.
-        early: whether weights are packed early.
+        eager: as in `HopperConfig`.
+        held: whether queries stay in registers.
         clock: whether cycles are counted.
-        direct: in 8 bits alone: whether the tensor cores add up over steps, in their few bits.
     """
 
-    stages: int = 0
-    turn: str = "issued"
-    growth: bool = True
     poly: int = 0
-    early: bool = False
-    clock: bool = False
-    direct: bool = False
-    kept: bool = False
+    eager: int = 0
     held: bool = False
-
-
-def _rescaling(values: int) -> str:
-    """PTX that multiplies an accumulator's registers, unless no row of the warp needs it.
-
-    A thread holds two rows, two values of each in turn. Outputs and inputs are the same registers.
-    """
-    low, high = f"${2 * values}", f"${2 * values + 2}"
-    lines = [
-        "{.reg .pred p, q;",
-        f"setp.neu.f32 p, {low}, 0f3F800000;",
-        f"setp.neu.f32 q, {high}, 0f3F800000;",
-        "or.pred p, p, q;",
-        "vote.sync.any.pred p, p, 0xffffffff;",
-        "@!p bra.uni KEEP;",
-    ]
-    lines += [f"mul.f32 ${i}, ${i}, {low if i % 4 < 2 else high};" for i in range(values)]
-    return "\n".join([*lines, "KEEP: }"])
-
-
-def _rescaling_constraints(values: int) -> str:
-    return ",".join(["=f"] * values + [str(i) for i in range(values)] + ["f"] * values)
+    clock: bool = False
 
 
 def _exponentials(poly: int) -> str:
@@ -157,22 +122,6 @@ def _fitted() -> tuple[float, ...]:
 POLYNOMIAL = _fitted()
 """Of 2 ** f for f in [-1/2, 1/2], lowest degree first."""
 
-def _kept_weights() -> str:
-    """PTX that reads the signs of 32 pairs of weights, which are never set, and lets them be."""
-    lines = ["{.reg .pred p; .reg .b32 x, a; or.b32 x, $0, $1;"]
-    lines += [f"lop3.b32 x, x, ${i}, ${i + 1}, 0xfe;" for i in range(2, 32, 2)]
-    return "\n".join([*lines, "and.b32 x, x, 0x80008000; setp.ne.u32 p, x, 0; mov.b32 a, 0; @p st.shared.b32 [a], x;}"])
-
-
-_KEEP_SUM = gl.constexpr(
-    "{.reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000; @p st.shared.f32 [a], $1; mov.f32 $0, $1;}"
-)
-_KEEP_WEIGHTS = gl.constexpr(_kept_weights())
-_KEEP_WEIGHTS_REGISTERS = gl.constexpr(",".join(["=r"] * 32 + [str(i) for i in range(32)]))
-_RESCALE_64 = gl.constexpr(_rescaling(64))
-_RESCALE_64_REGISTERS = gl.constexpr(_rescaling_constraints(64))
-_RESCALE_32 = gl.constexpr(_rescaling(32))
-_RESCALE_32_REGISTERS = gl.constexpr(_rescaling_constraints(32))
 _EXP_1 = gl.constexpr(_exponentials(1))
 _EXP_2 = gl.constexpr(_exponentials(2))
 _EXP_REGISTERS = gl.constexpr(",".join(["=f"] * 8 + ["f"] * 8))
@@ -188,54 +137,6 @@ def _now(CLOCK: gl.constexpr):
 
 
 @gluon.jit
-def _copy(descriptors, shared, lists, sizes, STAGES: gl.constexpr, PERSISTENT: gl.constexpr):
-    """The copying warp: first key tile; then each further one with the value tile before it."""
-    q_desc, k_desc, v_desc = descriptors
-    q_smem, k_smem, v_smem, q_ready, q_empty, ready, empty = shared
-    q_bytes: gl.constexpr = 2 * q_desc.block_type.nbytes
-    tile_bytes: gl.constexpr = k_desc.block_type.nbytes
-    stage = gl.to_tensor(0)
-    phase = gl.to_tensor(1)
-    q_phase = gl.to_tensor(1)
-    for program in range(gl.program_id(0), sizes[5], gl.num_programs(0)):
-        work = program_work(program, lists, sizes)
-        b, h, first, steps = work[0], work[1], work[2], work[9]
-        if PERSISTENT:
-            mbarrier.wait(q_empty, q_phase)
-            q_phase ^= 1
-        mbarrier.expect(q_ready, q_bytes)
-        for me in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                q_desc, [b, first + me * ROWS, h, 0], q_ready, q_smem.index(me)
-            )
-        n = key_row(gl.to_tensor(0), work, lists, sizes)
-        # The list is read one step ahead: a copy would wait for its entry.
-        ahead = key_row(gl.to_tensor(1), work, lists, sizes)
-        if steps > 0:
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(ready.index(stage), tile_bytes)
-            tma.async_copy_global_to_shared(
-                k_desc, [b, n, h, 0], ready.index(stage), k_smem.index(stage)
-            )
-            stage, phase = _advance(stage, phase, STAGES)
-            for step in range(1, steps + 1):
-                v_n = n
-                n = ahead
-                ahead = key_row(step + 1, work, lists, sizes)
-                more = step < steps
-                mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(ready.index(stage), 2 * tile_bytes, pred=more)
-                mbarrier.expect(ready.index(stage), tile_bytes, pred=step == steps)
-                tma.async_copy_global_to_shared(
-                    k_desc, [b, n, h, 0], ready.index(stage), k_smem.index(stage), pred=more
-                )
-                tma.async_copy_global_to_shared(
-                    v_desc, [b, v_n, h, 0], ready.index(stage), v_smem.index(stage)
-                )
-                stage, phase = _advance(stage, phase, STAGES)
-
-
-@gluon.jit
 def _exp2(x, POLY: gl.constexpr):
     if POLY == 0:
         weights = gl.exp2(x)
@@ -247,39 +148,21 @@ def _exp2(x, POLY: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(
-    s, peak, scale_log2, s_layout: gl.constexpr, GROWTH: gl.constexpr, POLY: gl.constexpr,
-):  # fmt: skip
-    """Weights ``2 ** (score - peak)``, the new peak, and what older weights shrink by."""
+def _softmax(s, peak, scale_log2, s_layout: gl.constexpr, POLY: gl.constexpr):
+    """As in the library."""
     split = s.reshape([ROWS, TILE // 32, 4, 4, 2])
     top = gl.max(gl.max(gl.max(gl.max(split, 4), 2), 1), 1)
     top = gl.convert_layout(top, gl.SliceLayout(1, s_layout)) * scale_log2
-    new_peak = gl.where(top > peak + _GROWTH, top, peak) if GROWTH else gl.maximum(peak, top)
+    new_peak = gl.where(top > peak + _GROWTH, top, peak)
     return _exp2(s * scale_log2 - new_peak[:, None], POLY), new_peak, gl.exp2(peak - new_peak)
-
-
-@gluon.jit
-def _rescaled(acc, shrink, o_layout: gl.constexpr, D: gl.constexpr, GROWTH: gl.constexpr):
-    factor = gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
-    if not GROWTH:
-        out = acc * factor
-    elif D == 128:
-        out = gl.inline_asm_elementwise(
-            _RESCALE_64, _RESCALE_64_REGISTERS, [acc, factor], gl.float32, False, 64
-        )
-    else:
-        out = gl.inline_asm_elementwise(
-            _RESCALE_32, _RESCALE_32_REGISTERS, [acc, factor], gl.float32, False, 32
-        )
-    return out
 
 
 @gluon.jit
 def _step(
     me: gl.constexpr, q, step, state, work, shared, lists, sizes, scale_log2, clocks,
     s_layout: gl.constexpr, o_layout: gl.constexpr, by_word: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, TURN: gl.constexpr, GROWTH: gl.constexpr, POLY: gl.constexpr,
-    EARLY: gl.constexpr, KEPT: gl.constexpr, CLOCK: gl.constexpr, MASK: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr, EAGER: gl.constexpr, POLY: gl.constexpr,
+    CLOCK: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Scores of this step, output product of the last one, softmax of this one."""
     k_smem, v_smem, ready, empty = shared[1], shared[2], shared[5], shared[6]
@@ -287,49 +170,35 @@ def _step(
     t0 = _now(CLOCK)
     if MASK:
         words = mask_words(me, step, work, lists, sizes, by_word)
-    if TURN > 0:
-        # Triton wants a barrier of the group before the products: not between turn and products.
-        _group_barrier()
-        _wait_turn(me)
+    if TURNS:
+        group_barrier()
+        wait_turn(me)
     t1 = _now(CLOCK)
     s = _scores(q, k_smem.index(stage), s_layout, D)
-    if TURN == 3:
-        _pass_turn(me)
     t2 = _now(CLOCK)
     acc = warpgroup_mma(p, v_smem.index(stage).reshape([TILE, D]), acc, is_async=True)
-    if TURN == 1:
-        _pass_turn(me)
+    if TURNS:
+        pass_turn(me)
     t3 = _now(CLOCK)
     s = warpgroup_mma_wait(1, deps=[s])
-    if TURN == 2:
-        _pass_turn(me)
     t4 = _now(CLOCK)
     if MASK:
         s = _hide(s, words, by_word, s_layout)
     # A polynomial never gives 0, as hidden keys want it.
-    weights, peak, shrink = _softmax(s, peak, scale_log2, s_layout, GROWTH, 0 if MASK else POLY)
+    weights, peak, shrink = _softmax(s, peak, scale_log2, s_layout, 0 if MASK else POLY)
     total = _shrunk_sum(total, shrink, weights)
-    if KEPT:
-        total = gl.inline_asm_elementwise(_KEEP_SUM, "=f,f", [total], gl.float32, False, 1)
-    if EARLY:
-        new_p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
-        if KEPT:
-            new_p = gl.inline_asm_elementwise(
-                _KEEP_WEIGHTS, _KEEP_WEIGHTS_REGISTERS, [new_p], v_smem.dtype, False, 64
-            )
+    if EAGER > 0:
+        total = summed_by_now(total)
+    if EAGER > 1:
+        new_p = packed_by_now(_operand(weights, v_smem.dtype, o_layout))
     t5 = _now(CLOCK)
-    # The wait for the next pair stands here, because ptxas moves the one for the product above
-    # the exponentials unless a branch is between them. After the last step comes a value tile.
     next_stage, next_phase = _advance(stage, phase, STAGES)
     mbarrier.wait(ready.index(next_stage), next_phase)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     mbarrier.arrive(empty.index(stage), count=1)
     t6 = _now(CLOCK)
-    acc = _rescaled(acc, shrink, o_layout, D, GROWTH)
-    if EARLY:
-        p = new_p
-    else:
-        p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
+    acc = rescaled(acc, gl.convert_layout(shrink, gl.SliceLayout(1, o_layout)), D)
+    p = new_p if EAGER > 1 else _operand(weights, v_smem.dtype, o_layout)
     if CLOCK:
         c0, c1, c2, c3, c4, c5, c6, last = clocks
         clocks = (c0 + t1 - t0, c1 + t2 - t1, c2 + t3 - t2, c3 + t4 - t3, c4 + t5 - t4,
@@ -340,9 +209,8 @@ def _step(
 @gluon.jit
 def _attend(
     me: gl.constexpr, out_ptr, lse_ptr, clock_ptr, shared, lists, sizes, scale_log2,
-    D: gl.constexpr, STAGES: gl.constexpr, TURN: gl.constexpr, GROWTH: gl.constexpr,
-    POLY: gl.constexpr, EARLY: gl.constexpr, KEPT: gl.constexpr, HELD: gl.constexpr,
-    CLOCK: gl.constexpr, PERSISTENT: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, EAGER: gl.constexpr,
+    POLY: gl.constexpr, HELD: gl.constexpr, CLOCK: gl.constexpr, PERSISTENT: gl.constexpr,
     WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: products and softmax of ``ROWS`` query rows."""
@@ -351,12 +219,13 @@ def _attend(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     no_scores = gl.zeros([ROWS, TILE], gl.float32, s_layout)
     by_word: gl.constexpr = no_scores.reshape([ROWS, TILE // 32, 32]).type.layout
+    PER_PASS: gl.constexpr = 2 if EAGER > 1 else 1
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
     none = gl.to_tensor(0)
-    if TURN > 0 and me == 1:
-        _pass_turn(me)
+    if TURNS and me == 1:
+        pass_turn(me)
     for program in range(gl.program_id(0), sizes[5], gl.num_programs(0)):
         work = program_work(program, lists, sizes)
         masked, steps = work[8], work[9]
@@ -377,9 +246,9 @@ def _attend(
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(empty.index(stage), count=1)
             s = _hide(s, words, by_word, s_layout)
-            weights, peak, _none = _softmax(s, peak, scale_log2, s_layout, GROWTH, 0)
+            weights, peak, _shrink = _softmax(s, peak, scale_log2, s_layout, 0)
             total += _partial_sum(weights)
-            p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, o_layout, 2))
+            p = _operand(weights, v_smem.dtype, o_layout)
             stage, phase = _advance(stage, phase, STAGES)
             mbarrier.wait(ready.index(stage), phase)
 
@@ -388,27 +257,23 @@ def _attend(
             for step in range(1, masked):
                 state, clocks = _step(
                     me, q, step, state, work, shared, lists, sizes, scale_log2, clocks, s_layout,
-                    o_layout, by_word, D, STAGES, TURN, GROWTH, POLY, EARLY, KEPT, CLOCK, True,
+                    o_layout, by_word, D, STAGES, TURNS, EAGER, POLY, CLOCK, True,
                 )  # fmt: skip
             acc, total, peak, p, stage, phase = state
             # Two by two, or LLVM would unpack and pack them in each step of the next loop.
             p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], p.dtype, True, 2)
             state = (acc, total, peak, p, stage, phase)
-            UNROLL: gl.constexpr = 2 if EARLY else 1
             rest = steps - gl.maximum(masked, 1)
-            if EARLY:
-                for step in range(0, rest % 2):
+            for step in range(0, rest % PER_PASS):
+                state, clocks = _step(
+                    me, q, step, state, work, shared, lists, sizes, scale_log2, clocks, s_layout,
+                    o_layout, by_word, D, STAGES, TURNS, EAGER, POLY, CLOCK, False,
+                )  # fmt: skip
+            for step in range(0, rest // PER_PASS):
+                for _half in gl.static_range(PER_PASS):
                     state, clocks = _step(
                         me, q, step, state, work, shared, lists, sizes, scale_log2, clocks,
-                        s_layout, o_layout, by_word, D, STAGES, TURN, GROWTH, POLY, EARLY, KEPT, CLOCK,
-                        False,
-                    )  # fmt: skip
-            for step in range(0, rest // UNROLL):
-                for _half in gl.static_range(UNROLL):
-                    state, clocks = _step(
-                        me, q, step, state, work, shared, lists, sizes, scale_log2, clocks,
-                        s_layout, o_layout, by_word, D, STAGES, TURN, GROWTH, POLY, EARLY, KEPT, CLOCK,
-                        False,
+                        s_layout, o_layout, by_word, D, STAGES, TURNS, EAGER, POLY, CLOCK, False,
                     )  # fmt: skip
             acc, total, peak, p, stage, phase = state
 
@@ -426,9 +291,9 @@ def _attend(
         _store(
             acc, gl.sum(total, 1), peak, me, out_ptr, lse_ptr, work, sizes, D, o_layout, WITH_LSE
         )
-    if TURN > 0 and me == 0:
+    if TURNS and me == 0:
         # Leave no barrier half full.
-        _wait_turn(me)
+        wait_turn(me)
 
 
 @gluon.jit(do_not_specialize=_SIZES)
@@ -437,9 +302,8 @@ def _trial_forward(
     full_count, full_index, partial_count, partial_index, partial_slot, bits, scale_log2,
     num_heads, num_video, num_text, video_start, text_start, programs,
     list_sb, list_sh, full_columns, partial_columns,
-    D: gl.constexpr, STAGES: gl.constexpr, TURN: gl.constexpr, GROWTH: gl.constexpr,
-    POLY: gl.constexpr, EARLY: gl.constexpr, KEPT: gl.constexpr, HELD: gl.constexpr,
-    CLOCK: gl.constexpr, PERSISTENT: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, EAGER: gl.constexpr,
+    POLY: gl.constexpr, HELD: gl.constexpr, CLOCK: gl.constexpr, PERSISTENT: gl.constexpr,
     WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """Set up the buffers and barriers, and send the warps to their jobs."""
@@ -467,9 +331,9 @@ def _trial_forward(
     gl.warp_specialize(
         [
             (_attend, (0, out_ptr, lse_ptr, clock_ptr, shared, lists, sizes, scale_log2, D, STAGES,
-                       TURN, GROWTH, POLY, EARLY, KEPT, HELD, CLOCK, PERSISTENT, WITH_LSE)),
+                       TURNS, EAGER, POLY, HELD, CLOCK, PERSISTENT, WITH_LSE)),
             (_attend, (1, out_ptr, lse_ptr, clock_ptr, shared, lists, sizes, scale_log2, D, STAGES,
-                       TURN, GROWTH, POLY, EARLY, KEPT, HELD, CLOCK, PERSISTENT, WITH_LSE)),
+                       TURNS, EAGER, POLY, HELD, CLOCK, PERSISTENT, WITH_LSE)),
             (_copy, ((q_desc, k_desc, v_desc), shared, lists, sizes, STAGES, PERSISTENT)),
         ],
         [4, 1],
@@ -481,12 +345,10 @@ def constants(variant: Variant, head_size: int) -> dict[str, object]:
     """The compile-time options of a variant."""
     return {
         "D": head_size,
-        "STAGES": variant.stages or (3 if head_size == 128 else 6),
-        "TURN": ("none", "issued", "scores", "middle").index(variant.turn),
-        "GROWTH": variant.growth,
+        "STAGES": 3 if head_size == 128 else 6,
+        "TURNS": head_size == 128,
+        "EAGER": variant.eager,
         "POLY": variant.poly,
-        "EARLY": variant.early,
-        "KEPT": variant.kept,
         "HELD": variant.held,
         "CLOCK": variant.clock,
     }
@@ -498,7 +360,8 @@ def trial_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and log-sum, as `hopper_block_sparse_attention` gives them; text comes last.
 
-    ``clocks``, int32 ``[programs, 2, 8]``, gets the cycles of each part and the steps.
+    ``clocks``, int32 ``[programs, 2, 8]``, gets the cycles of each part and the steps of a variant
+    that counts them.
     """
     batch, num_tokens, heads, head_size = query.shape
     out = query.new_empty(query.shape)
@@ -510,12 +373,14 @@ def trial_attention(
     longest = lists.full_index.shape[-1] + lists.partial_index.shape[-1]
     persistent = longest < LONG_LIST and text_length == 0
     grid = programs
+    if clocks is None:
+        clocks = torch.empty(programs, 2, 8, dtype=torch.int32, device=query.device)
     if persistent:
         grid = min(programs, torch.cuda.get_device_properties(query.device).multi_processor_count)
     with torch.cuda.device_of(query):
         _trial_forward[(grid,)](
             _descriptor(query, ROWS.value), _descriptor(key, lists.block_size),
-            _descriptor(value, lists.block_size), out, lse, lse if clocks is None else clocks,
+            _descriptor(value, lists.block_size), out, lse, clocks,
             lists.full_count, lists.full_index, lists.partial_count, lists.partial_index,
             lists.partial_slot, lists.bits.view(torch.int32),
             head_size**-0.5 * math.log2(math.e), heads, num_video, text_length, 0, num_video,

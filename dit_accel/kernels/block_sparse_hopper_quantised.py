@@ -38,7 +38,7 @@ from dit_accel.kernels.block_sparse_hopper import (
     _partial_sum,
     _shrunk_sum,
 )
-from dit_accel.kernels.hopper_assembly import rescaled, summed_by_now
+from dit_accel.kernels.hopper_assembly import packed_by_now, rescaled, summed_by_now
 from dit_accel.kernels.hopper_steps import ROWS, TILE, key_row, mask_words, program_work
 from dit_accel.kernels.precision import why_no_hopper_precision
 from dit_accel.kernels.quantise import add_mean_key, quantise
@@ -176,15 +176,17 @@ def _step(
         s = _hide(s, words, by_word, s_layout)
     weights, peak, shrink = _softmax(s, peak, factor)
     total = _shrunk_sum(total, shrink, weights)
-    if EAGER:
+    if EAGER > 0:
         total = summed_by_now(total)
+    if EAGER > 1:
+        new_p = packed_by_now(_rounded(weights, o_layout))
     # As in `block_sparse_hopper.py`, this wait keeps the one for the product behind the softmax.
     next_stage, next_phase = _advance(stage, phase, STAGES)
     mbarrier.wait(ready.index(next_stage), next_phase)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     mbarrier.arrive(empty.index(stage), count=1)
     acc = rescaled(acc, gl.convert_layout(shrink, gl.SliceLayout(1, o_layout)), D)
-    p = _rounded(weights, o_layout)
+    p = new_p if EAGER > 1 else _rounded(weights, o_layout)
     return acc, total, peak, p, next_stage, next_phase, scale, ahead
 
 
@@ -238,6 +240,8 @@ def _attend(
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     no_scores = gl.zeros([ROWS, TILE], gl.float32, s_layout)
     by_word: gl.constexpr = no_scores.reshape([ROWS, TILE // 32, 32]).type.layout
+    # As in `block_sparse_hopper.py`.
+    PER_PASS: gl.constexpr = 2 if EAGER > 1 else 1
     q = q_smem.index(me)
     work = program_work(gl.program_id(0), lists, sizes)
     b, h, first, masked, steps = work[0], work[1], work[2], work[8], work[9]
@@ -276,11 +280,19 @@ def _attend(
                 me, q, step, state, work, shared, lists, sizes, (q_factor, key_scale), s_layout,
                 o_layout, by_word, D, STAGES, EAGER, True,
             )  # fmt: skip
-        for step in range(gl.maximum(masked, 1), steps):
+        start = gl.maximum(masked, 1)
+        odd = (steps - start) % PER_PASS
+        for step in range(start, start + odd):
             state = _step(
                 me, q, step, state, work, shared, lists, sizes, (q_factor, key_scale), s_layout,
                 o_layout, by_word, D, STAGES, EAGER, False,
             )  # fmt: skip
+        for step in range(start + odd, steps, PER_PASS):
+            for half in gl.static_range(PER_PASS):
+                state = _step(
+                    me, q, step + half, state, work, shared, lists, sizes, (q_factor, key_scale),
+                    s_layout, o_layout, by_word, D, STAGES, EAGER, False,
+                )  # fmt: skip
         acc, total, peak, p, stage, phase, scale, ahead = state
 
         # The last output product.
@@ -349,7 +361,7 @@ def hopper_quantised_attention(
     scale: float | None = None,
     return_lse: bool = False,
     stages: int = 4,
-    eager: bool = False,
+    eager: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`quantised_block_sparse_attention`, for fewer calls.
 
@@ -364,7 +376,7 @@ def hopper_quantised_attention(
         scale: see there.
         return_lse: see there.
         stages: buffers for a key and a value tile: 2 to 6, or 12 for head size 64.
-        eager: see `HopperConfig`: whether weights are summed under the exponentials.
+        eager: see `HopperConfig`.
 
     Returns:
         As there.
@@ -389,7 +401,7 @@ def _hopper_op(
     full_count: Tensor, full_index: Tensor,
     partial_count: Tensor, partial_index: Tensor, partial_slot: Tensor, bits: Tensor,
     block_size: int, num_video: int, precision: str, text_first: bool, scale: float, stages: int,
-    eager: bool, with_lse: bool,
+    eager: int, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the kernels. A custom operator, so that torch.compile traces past it unbroken."""
     batch, num_tokens, heads, head_size = query.shape

@@ -13,8 +13,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from dit_accel.kernels.hopper_steps import ROWS, TILE
-
 # The same under its names in Triton 3.6 and later.
 group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """A barrier of the four warps of a group."""
@@ -67,6 +65,8 @@ _MARK_SUM = gl.constexpr(
 )
 _MARK_WEIGHTS = gl.constexpr(_weights_mark(32, 0x80008000))
 _MARK_WEIGHTS_REGISTERS = gl.constexpr(_same_registers(32))
+_MARK_FOURS = gl.constexpr(_weights_mark(16, 0x80808080))
+_MARK_FOURS_REGISTERS = gl.constexpr(_same_registers(16))
 
 
 @gluon.jit
@@ -110,8 +110,13 @@ def summed_by_now(total):
 
 @gluon.jit
 def packed_by_now(p):
-    """``p``, ``ROWS`` x ``TILE`` 16-bit weights, not rounded any later than here."""
-    gl.static_assert(p.shape[0] == ROWS and p.shape[1] == TILE)
-    return gl.inline_asm_elementwise(
-        _MARK_WEIGHTS, _MARK_WEIGHTS_REGISTERS, [p], p.dtype, False, 64
-    )
+    """``ROWS`` x ``TILE`` weights, 16 bits each or four in an int32, not rounded later than here."""
+    if p.dtype == gl.int32:
+        marked = gl.inline_asm_elementwise(
+            _MARK_FOURS, _MARK_FOURS_REGISTERS, [p], gl.int32, False, 16
+        )
+    else:
+        marked = gl.inline_asm_elementwise(
+            _MARK_WEIGHTS, _MARK_WEIGHTS_REGISTERS, [p], p.dtype, False, 64
+        )
+    return marked

@@ -42,7 +42,7 @@ def compiled(head_size: int, config: HopperConfig) -> Any:
     )  # fmt: skip
 
 
-def quantised(head_size: int, low: torch.dtype, eager: bool) -> Any:
+def quantised(head_size: int, low: torch.dtype, eager: int) -> Any:
     """Compile the 8-bit kernel."""
     query = torch.empty(1, 2, 512, head_size, dtype=low)
     value = torch.empty(1, 2, head_size, 512, dtype=torch.float8_e4m3fn)
@@ -65,5 +65,5 @@ if __name__ == "__main__":
         (64, HopperConfig(stages=6, turns=False, eager=2)),
     ):
         print(compiled(head_size, config).metadata.shared)
-    print(quantised(128, torch.float8_e4m3fn, False).metadata.shared)
-    print(quantised(64, torch.int8, True).metadata.shared)
+    print(quantised(128, torch.float8_e4m3fn, 0).metadata.shared)
+    print(quantised(64, torch.int8, 1).metadata.shared)
