@@ -110,7 +110,7 @@ def summed_by_now(total):
 
 @gluon.jit
 def packed_by_now(p):
-    """``ROWS`` x ``TILE`` weights, 16 bits each or four in an int32, not rounded later than here."""
+    """64 x 128 weights, of 16 bits or four in an int32, not rounded any later than here."""
     if p.dtype == gl.int32:
         marked = gl.inline_asm_elementwise(
             _MARK_FOURS, _MARK_FOURS_REGISTERS, [p], gl.int32, False, 16

@@ -6,7 +6,9 @@ On the GPU if there is one, else in Triton's interpreter.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -150,6 +152,19 @@ def test_hopper(num_video, text, text_first, dtype, head_size, precision: str) -
     first, again = (hopper(*qkv, lists, precision, **given) for _ in range(2))
     assert torch.equal(first, again)
     assert relative_error(first, portable.double()) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_HOPPER is not None, reason=str(NO_HOPPER))
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("eager", [1, 2])
+def test_hopper_gives_the_same_with_every_setting(eager: int, head_size: int) -> None:
+    torch.manual_seed(0)
+    lists = tile_lists_from_dense(sparse_mask(1, 2, 1900, 1900, block=128), 128)
+    qkv = offset_qkv(1, 1930, 2, head_size, dtype=torch.bfloat16)
+    kernel = partial(hopper, eager=eager)
+    check(qkv, lists, "fp8", 30, kernel=kernel)
+    assert torch.equal(*(kernel(*qkv, lists, "fp8", text_length=30) for _ in range(2)))
 
 
 @pytest.mark.gpu
@@ -362,6 +377,23 @@ def test_the_choice_keeps_to_the_precision() -> None:
     pooled = GNA(0.5, remainder="pooled").plan_layout(TokenLayout((3, 16, 16)), RASTER)
     with pytest.raises(OperatorUnavailableError, match="own dtype alone"):
         choose_operator("triton", operators, pooled, query)
+
+
+@pytest.mark.parametrize(("precision", "head_size", "hopper"), [
+    ("fp8", 128, True), ("fp8", 64, False), ("int8_fp8", 128, False), ("int8", 128, False),
+])  # fmt: skip
+def test_on_hopper_fp8_at_head_size_128_takes_its_kernel(
+    precision: str, head_size: int, hopper: bool
+) -> None:
+    plan = GNA(0.5).plan_layout(TokenLayout((3, 16, 16)), RASTER)
+    query = torch.randn(1, 768, 2, head_size).half().to(DEVICE)
+    operators = {**make_operators(precision)}
+    for name in ("hopper", "triton"):
+        operators[name] = Mock(wraps=operators[name], precisions=operators[name].precisions)
+        operators[name].precision = precision
+        operators[name].why_not = lambda plan, query: None
+    choice = choose_operator("auto", operators, plan, query)
+    assert choice.operator is operators["hopper" if hopper else "triton"]
 
 
 @precisions
