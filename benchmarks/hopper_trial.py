@@ -213,7 +213,10 @@ def _attend(
     POLY: gl.constexpr, HELD: gl.constexpr, CLOCK: gl.constexpr, PERSISTENT: gl.constexpr,
     WITH_LSE: gl.constexpr,
 ):  # fmt: skip
-    """One group of warps: products and softmax of ``ROWS`` query rows."""
+    """One group of warps: products and softmax of ``ROWS`` query rows.
+
+    Long, because the state of a step lives in registers, and all steps need all of it.
+    """
     q_smem, k_smem, v_smem, q_ready, q_empty, ready, empty = shared
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])

@@ -434,9 +434,8 @@ def choose_operator(
     precision = operators["triton"].precision
     if precision is not None:
         # On Hopper the portable kernel is the faster one in 8 bits, except at head size 128 in fp8.
-        order = ["triton", "hopper"]
-        if precision == "fp8" and query.shape[-1] == 128:
-            order.reverse()
+        gluon = precision == "fp8" and query.shape[-1] == 128
+        order = ("hopper", "triton") if gluon else ("triton", "hopper")
         preferred = [name for name in order if precision in operators[name].precisions]
     elif query.device.type in UNCOMPILED:
         preferred = ["torch"]
