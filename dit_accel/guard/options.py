@@ -44,7 +44,7 @@ class QualityGuard:
         OptionError: on impossible values.
     """
 
-    max_error: float = 1.0
+    max_error: float = 0.6
     rows: int = 64
     every: int = 4
     layers: tuple[int, ...] | None = None
