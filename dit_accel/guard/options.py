@@ -44,7 +44,7 @@ class QualityGuard:
         OptionError: on impossible values.
     """
 
-    max_error: float = 0.6
+    max_error: float = 0.75
     rows: int = 64
     every: int = 4
     layers: tuple[int, ...] | None = None

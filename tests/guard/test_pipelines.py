@@ -126,7 +126,7 @@ def test_a_cache_alone_has_no_guard():
 def test_windows_of_a_resolution_method_are_finite_or_repaired(monkeypatch, override):
     """Windows are not meant to be near dense: only what is not finite is repaired there."""
     build, arguments = TINY_PIPELINES["wan"]
-    freeswim = {"native_size": (112, 144), "override": override, "block_size": 16}
+    freeswim = {"native_size": (112, 144), "override": override, "window": (3, 3)}
     large = {"height": 160, "width": 208}
 
     def run(**guard: Any) -> torch.Tensor:

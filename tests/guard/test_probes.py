@@ -82,5 +82,5 @@ def test_choices():
     assert settle_guard(None) == settle_guard(True) == settle_guard("on") == QualityGuard()
     assert settle_guard(False) is settle_guard("off") is None
     assert settle_guard({"layers": [1, 2]}) == QualityGuard(layers=(1, 2))
-    with pytest.raises(OptionError, match="guard=0.1"):
+    with pytest.raises(OptionError, match=r"guard=0\.1"):
         settle_guard(0.1)
