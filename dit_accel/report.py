@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -290,6 +291,16 @@ class AccelerationReport:
                 for step in self.perturbed
             ],
         }
+
+    def save_picture(self, path: str | Path) -> None:
+        """Write a PNG of layers by steps: density, measured error and operator.
+
+        Raises:
+            OptionError: if there is no attention call to draw.
+        """
+        from dit_accel.report_png import save_report_picture
+
+        save_report_picture(self, path)
 
     def tables(self) -> list[Table]:
         """Return what attention, the cache and the guard did, as far as they are attached."""
