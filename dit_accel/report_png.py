@@ -137,9 +137,7 @@ def _error_panel(
         for (name, layer, step), error in errors.items()
         if name == branch and step in column
     }
-    legend: list[tuple[str, Colour]] = [("0", GOOD)]
-    if math.isfinite(budget):
-        legend += [(f"{budget:g}", AT_BUDGET), (f"over {budget:g}", OVER)]
+    legend = [("0", GOOD), (f"{budget:g}", AT_BUDGET), (f"over {budget:g}", OVER)]
     return _Panel(f"{branch}: error of the worst head", cells, [*legend, ("not probed", NOT_RUN)])
 
 

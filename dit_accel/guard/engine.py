@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor
 from dit_accel import compat
 from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.errors import OptionError, QualityWarning
+from dit_accel.grid import Grid
 from dit_accel.guard.options import GuardChoice, QualityGuard, settle_guard
 from dit_accel.guard.records import GuardRecord, GuardReport
 
@@ -33,6 +34,17 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SHIFT = 0.6180339887498949
 """Successive probes are shifted by this share of the space between two rows: never the same."""
+
+
+class _Where(NamedTuple):
+    """What decisions are kept by."""
+
+    transformer: int
+    branch: str
+    sample: int
+    layer: int
+    grid: Grid
+    text_length: int
 
 
 @dataclass
@@ -50,7 +62,7 @@ class Guard:
     def __init__(self, options: QualityGuard) -> None:
         self.options = options
         self.records: list[GuardRecord] = []
-        self._known: dict[Any, _Known] = {}
+        self._known: dict[_Where, _Known] = {}
         self._dense_from: tuple[int | None] | None = None  # step of a trip that made all dense
         self._transformer = 0
         self._parallel: Any = None
@@ -74,7 +86,7 @@ class Guard:
 
     def report(self) -> GuardReport:
         """Sum up the last generation."""
-        whole = [(key[3], key[1]) for key, known in self._known.items() if known.whole]
+        whole = [(key.layer, key.branch) for key, known in self._known.items() if known.whole]
         first = None if self._dense_from is None else self._dense_from[0]
         return GuardReport(
             self.options, tuple(self.records), tuple(sorted(dict.fromkeys(whole))), first
@@ -157,10 +169,10 @@ class Guard:
         self._tell(self.records[-1])
         return again()
 
-    def _key(self, call: AttentionCall, sample: int) -> tuple[Any, ...]:
-        # The text may move behind the video between asking and checking.
-        where = call.layout.grid, call.layout.text_length
-        return self._transformer, call.branch, sample, call.layer, where
+    def _key(self, call: AttentionCall, sample: int) -> _Where:
+        # Not the layout as a whole: the text may move behind the video between asking and checking.
+        grid, text = call.layout.grid, call.layout.text_length
+        return _Where(self._transformer, call.branch, sample, call.layer, grid, text)
 
     def _decide(
         self,

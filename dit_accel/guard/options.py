@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -53,8 +54,8 @@ class QualityGuard:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if not _is_number(self.max_error) or not self.max_error > 0:
-            raise OptionError(f"max_error={self.max_error!r} must be a number over 0.")
+        if not _is_number(self.max_error) or not 0 < self.max_error < math.inf:
+            raise OptionError(f"max_error={self.max_error!r} must be a finite number over 0.")
         for name in ("rows", "every"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

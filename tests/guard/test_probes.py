@@ -64,6 +64,7 @@ def test_each_layer_is_probed_first_and_then_in_turn():
         ({"max_error": 0}, "max_error=0"),
         ({"max_error": True}, "max_error=True"),
         ({"max_error": float("nan")}, "max_error"),
+        ({"max_error": float("inf")}, "finite"),
         ({"rows": 0}, "rows=0"),
         ({"every": 1.5}, "every=1.5"),
         ({"layers": 3}, "layers=3"),
