@@ -26,6 +26,24 @@ Methods = Annotated[
         show_default=False,
     ),
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An option, e.g. density=0.3. Repeatable.", metavar="NAME=VALUE"),
+]
+GuardSwitch = Annotated[
+    bool | None,
+    typer.Option(
+        "--guard/--no-guard",
+        help="Compare sparse attention with dense in a few rows, and repair it. [default: guard]",
+        show_default=False,
+    ),
+]
+GuardError = Annotated[
+    float | None, typer.Option(help="Most relative error of a head that the guard lets pass.")
+]
+ReportPicture = Annotated[
+    Path | None, typer.Option(help="A .png of layers by steps: density, error, operator.")
+]
 
 
 @dataclass(frozen=True)
@@ -59,12 +77,7 @@ def generate(
         str, typer.Option(help="A bundled model, a folder, or a hub id (org/name).")
     ] = "tiny-wan",
     method: Methods = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="An option, e.g. density=0.3. Repeatable.", metavar="NAME=VALUE"
-        ),
-    ] = None,
+    options: Settings = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Generate densely too, and compare.")
     ] = False,
@@ -79,20 +92,9 @@ def generate(
     dtype: Annotated[
         str, typer.Option(help="float32, float16 or bfloat16; auto: float32 on a CPU.")
     ] = "auto",
-    guard: Annotated[
-        bool | None,
-        typer.Option(
-            "--guard/--no-guard",
-            help="Compare sparse attention with dense in a few rows, and repair it.",
-            show_default="guard",
-        ),
-    ] = None,
-    guard_error: Annotated[
-        float | None, typer.Option(help="Most relative error of a head that the guard lets pass.")
-    ] = None,
-    report_picture: Annotated[
-        Path | None, typer.Option(help="A .png of layers by steps: density, error, operator.")
-    ] = None,
+    guard: GuardSwitch = None,
+    guard_error: GuardError = None,
+    report_picture: ReportPicture = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
