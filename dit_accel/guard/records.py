@@ -12,6 +12,9 @@ from dit_accel.guard.options import QualityGuard
 if TYPE_CHECKING:
     from rich.table import Table
 
+ROWS = 8
+"""Layers that the table shows."""
+
 
 @dataclass(frozen=True)
 class GuardRecord:
@@ -122,19 +125,23 @@ class GuardReport:
         }
 
     def table(self) -> Table:
-        """Return a row for each layer that was probed or repaired."""
+        """Return a row for each of the worst layers."""
         from rich.table import Table
 
         title = f"quality guard: {self.probes} probes"
         if self.worst is not None:
             title += f", worst error {self.worst:.3f} (budget {self.options.max_error:g})"
-        table = Table(title=title, caption="\n".join(self._remarks()))
-        for column in ("layer", "probes", "worst error", "at step", "mean", "trips", "repairs"):
-            table.add_column(column)
         layers: dict[int, list[GuardRecord]] = {}
         for record in self.records:
             layers.setdefault(record.layer, []).append(record)
-        for layer, records in sorted(layers.items()):
+        worst = sorted(layers.items(), key=lambda item: _badness(item[1]), reverse=True)
+        remarks = self._remarks()
+        if len(worst) > ROWS:
+            remarks.append(f"{len(worst) - ROWS} layers with less error are not shown")
+        table = Table(title=title, caption="\n".join(remarks))
+        for column in ("layer", "probes", "worst error", "at step", "mean", "trips", "repairs"):
+            table.add_column(column)
+        for layer, records in worst[:ROWS]:
             table.add_row(str(layer), *_row(records))
         return table
 
@@ -157,6 +164,12 @@ class GuardReport:
 def finite_or_none(value: float | None) -> float | None:
     """Return ``value`` as JSON has it."""
     return value if value is not None and isfinite(value) else None
+
+
+def _badness(records: Sequence[GuardRecord]) -> tuple[bool, float]:
+    """Return what puts a layer's records in order."""
+    errors = [error for record in records for error in record.errors]
+    return any(record.not_finite for record in records), max(errors, default=0.0)
 
 
 def _row(records: Sequence[GuardRecord]) -> tuple[str, ...]:
