@@ -18,13 +18,7 @@ from dit_accel.guard.engine import Guard
 from dit_accel.kernels.precision import check_device
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.methods.selecting import SelectingMethod
-from dit_accel.operators import (
-    AttentionOutput,
-    Operator,
-    TorchOperator,
-    choose_operator,
-    make_operators,
-)
+from dit_accel.operators import AttentionOutput, Operator, choose_operator, make_operators
 from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
 from dit_accel.plan import AttentionPlan, BlockSparsePlan, DensePlan, JointPlan, PastJointPlan
 from dit_accel.reordering import Reorderings
@@ -337,16 +331,24 @@ class Runtime:
             )
             q, k, v = (x.index_select(1, gather) for x in qkv)
             qkv = q, k, v
-        own_scale = running.method.scaled(scale, qkv[0].shape[-1])
-        if with_lse and isinstance(running.method, StaticMethod):
-            lists = self._lists_of(running.method, call.layout, running.wanted, qkv[0].device)
-            out, lse = self._operate(qkv, own_scale, call, lists, with_lse=True)
-        else:
+        method = running.method
+        if not isinstance(method, StaticMethod):
             out, lse = self._planned(*qkv, scale, call, running), None
-        if self.guard is not None and isinstance(running.method, StaticMethod):
-            lists = self._lists_of(running.method, call.layout, running.wanted, qkv[0].device)
-            again = partial(TorchOperator().run, *qkv, lists, scale=own_scale, return_lse=True)
-            out, lse = self.guard.check_finite((out, lse), call, again)
+        else:
+            where = method, call.layout, running.wanted, qkv[0].device
+            own_scale = method.scaled(scale, qkv[0].shape[-1])
+
+            def again() -> AttentionOutput:
+                plain, lists = self._operators["torch"], self._lists_of(*where)
+                return plain.run(*qkv, lists, scale=own_scale, return_lse=True)
+
+            if with_lse:
+                output = self._operate(qkv, own_scale, call, self._lists_of(*where), with_lse=True)
+            else:
+                output = self._planned(*qkv, scale, call, running), None
+            if self.guard is not None:
+                output = self.guard.check_finite(output, call, again)
+            out, lse = output
         if scatter is not None:
             out = out.index_select(1, scatter)
             lse = None if lse is None else lse.index_select(2, scatter)

@@ -159,8 +159,8 @@ class Guard:
 
         For attention that is not meant to be near dense, such as a resolution method's windows.
         """
-        attended, lse = output
-        if is_finite(attended) and (lse is None or is_finite(lse)):
+        attended, _ = output
+        if is_finite(attended):
             return output
         heads = self._not_finite_heads(attended)
         self.records.append(

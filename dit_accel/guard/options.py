@@ -25,7 +25,12 @@ class QualityGuard:
     sparse call, and repaired likewise. The first trip of a generation raises a `QualityWarning`.
 
     Rows are chosen without random numbers, and all is forgotten between generations, so the same
-    seed gives the same output again.
+    seed gives the same output again. On a GPU each sparse call waits for one small vector.
+
+    The default budget means "broken", not "visibly worse". On the four bundled models, 8 steps and
+    one prompt, the attention methods as they come (22 to 42 dB from dense) have worst heads of 0.21
+    to 0.68 in such rows, and none trips; gna with 5 % of the pairs on tiny-wan (17.8 dB) has heads
+    up to 0.88, and trips. Errors of larger models were not measured.
 
     Args:
         max_error: most relative L2 error of a head's output over the probed rows and the head's
