@@ -27,10 +27,11 @@ class QualityGuard:
     Rows are chosen without random numbers, and all is forgotten between generations, so the same
     seed gives the same output again. On a GPU each sparse call waits for one small vector.
 
-    The default budget means "broken", not "visibly worse". On the four bundled models, 8 steps and
-    one prompt, the attention methods as they come (22 to 42 dB from dense) have worst heads of 0.21
-    to 0.68 in such rows, and none trips; gna with 5 % of the pairs on tiny-wan (17.8 dB) has heads
-    up to 0.88, and trips. Errors of larger models were not measured.
+    The default budget is for what is broken, not for what is merely less exact. On the bundled
+    models, 8 steps and one prompt, the attention methods as they come (22 to 42 dB from dense) have
+    worst heads of 0.21 to 0.68 in such rows: a head or two trips in some, none in most. gna with
+    5 % of the pairs on tiny-wan (17.8 dB) has heads up to 1.1; repaired, it comes to 22.4 dB, and
+    to 25.4 with a budget of 0.5. Errors of larger models were not measured.
 
     Args:
         max_error: most relative L2 error of a head's output over the probed rows and the head's
@@ -50,7 +51,7 @@ class QualityGuard:
         OptionError: on impossible values.
     """
 
-    max_error: float = 0.75
+    max_error: float = 0.6
     rows: int = 64
     every: int = 4
     layers: tuple[int, ...] | None = None

@@ -37,7 +37,7 @@ def test_colours_tell_density_error_and_operator(tmp_path):
     for step in range(3):
         calls.forward([needle((0, 1, 2)), near()], step)
     calls.report.save_picture(tmp_path / "report.png")
-    report, budget = calls.report, 0.75
+    report, budget = calls.report, 0.6
     errors = {(r.layer, r.step): r.worst for r in report.guard.records if r.errors}
     assert errors.keys() == {(0, 0), (1, 0), (1, 1)}
     with Image.open(tmp_path / "report.png") as picture:

@@ -29,12 +29,12 @@ def test_a_needle_trips_and_is_repaired(method):
     unguarded = Calls(method, **STATIC[method], guard=False)
     (wrong,) = unguarded.forward([call])
     errors = error_of(wrong, dense(call))
-    assert errors[1] > 0.75, "without the guard the output is wrong"
-    assert errors[2] > 0.75
+    assert errors[1] > 0.6, "without the guard the output is wrong"
+    assert errors[2] > 0.6
     assert unguarded.report.guard is None
 
     calls = Calls(method, **STATIC[method])
-    with pytest.warns(QualityWarning, match="2 heads over max_error=0.75"):
+    with pytest.warns(QualityWarning, match="2 heads over max_error=0.6"):
         (output,) = calls.forward([call])
     assert error_of(output, dense(call))[[1, 2]].max() < 1e-5
     assert torch.equal(output[:, :, 0], wrong[:, :, 0]), "other heads stay as they are"
@@ -148,7 +148,7 @@ def test_actions(action):
         assert report.guard.dense_from == 0
     else:
         assert dense_calls == [0.0] * 4
-        assert error_of(first[0], dense(bad))[1] > 0.75
+        assert error_of(first[0], dense(bad))[1] > 0.6
         assert report.guard.trips == 1
         assert "none repaired" in str(report)
 
