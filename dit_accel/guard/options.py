@@ -28,10 +28,11 @@ class QualityGuard:
     seed gives the same output again. On a GPU each sparse call waits for one small vector.
 
     The default budget is for what is broken, not for what is merely less exact. On the bundled
-    models, 8 steps and one prompt, the attention methods as they come (22 to 42 dB from dense) have
-    worst heads of 0.21 to 0.68 in such rows: a head or two trips in some, none in most. gna with
-    5 % of the pairs on tiny-wan (17.8 dB) has heads up to 1.1; repaired, it comes to 22.4 dB, and
-    to 25.4 with a budget of 0.5. Errors of larger models were not measured.
+    models, 8 steps and a prompt or two, the attention methods as they come (22 to 42 dB from dense)
+    mostly had worst heads of 0.21 to 0.68: no head trips, or a few. gna with 5 % of the pairs on
+    tiny-wan (17.8 dB) had heads of 0.9; repaired, it came to 22.4 dB, with a budget of 0.5 to 25.4.
+    A repaired head is not always a nearer picture: gna as published on tiny-hunyuan had a head of
+    1.2, and fell from 28.5 to 26.9 dB. Larger models were not measured.
 
     Args:
         max_error: most relative L2 error of a head's output over the probed rows and the head's
