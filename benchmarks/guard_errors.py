@@ -69,7 +69,7 @@ class ErrorBench:
                 row["errors"] = dict(zip(map(str, SHARES), found, strict=True))
             decibels = psnr(frames, self.dense)
             row |= {
-                f"{name}_psnr_db": decibels if decibels != float("inf") else None,
+                f"{name}_psnr_db": round(decibels, 2) if decibels != float("inf") else None,
                 f"{name}_density": report.density,
             }
         return row | {"trips": report.guard.trips, "repairs": report.guard.repairs}
