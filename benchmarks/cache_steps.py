@@ -76,11 +76,11 @@ class StepBench:
         try:
             if key not in self._without:
                 if methods:
-                    accelerate_pipeline(self.pipe, methods, **options)
+                    accelerate_pipeline(self.pipe, methods, guard=False, **options)
                 self._without[key] = self._loop_without(key[0])
             whole, one = self._without[key]
             accelerate_pipeline(
-                self.pipe, [*methods, task["cache"]], **options, **{task["cache"]: own}
+                self.pipe, [*methods, task["cache"]], guard=False, **options, **{task["cache"]: own}
             )
             spent = min(
                 loop_s(self.pipe, SIZES[key[0]], self.args.steps) for _ in range(self.args.repeats)

@@ -199,7 +199,7 @@ def measure(pipe: Any, name: str, density: float | str, context: Context) -> Row
             except DensityUnreachableError as error:
                 density = error.least
         method, asked = at_density(name, float(density), context.layout)
-        accelerate_pipeline(pipe, method, density=asked, **SCHEDULE)
+        accelerate_pipeline(pipe, method, density=asked, guard=False, **SCHEDULE)
         clips = generate_all(pipe, context.requests, context.batch, context.extra)
         report = acceleration_report(pipe)
     except DensityUnreachableError as error:

@@ -18,6 +18,7 @@ _PUBLIC = {
     "list_methods": "dit_accel.registry",
     "list_families": "dit_accel.registry",
     "method_class": "dit_accel.registry",
+    "QualityGuard": "dit_accel.guard.options",
     "Dense": "dit_accel.methods.dense",
     "Radial": "dit_accel.methods.radial",
     "GNA": "dit_accel.methods.gna",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from dit_accel.functional import attention_mask as attention_mask
     from dit_accel.functional import block_mask as block_mask
     from dit_accel.functional import sparse_attention as sparse_attention
+    from dit_accel.guard.options import QualityGuard as QualityGuard
     from dit_accel.guidance.pag import PAG as PAG
     from dit_accel.guidance.seg import SEG as SEG
     from dit_accel.guidance.skip_layer import SkipLayerGuidance as SkipLayerGuidance

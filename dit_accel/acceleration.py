@@ -22,6 +22,8 @@ from dit_accel.errors import (
     OptionError,
     UnknownPipelineError,
 )
+from dit_accel.guard.engine import make_guard
+from dit_accel.guard.options import GuardChoice, settle_guard
 from dit_accel.kinds import Method
 from dit_accel.methods.base import AttentionMethod, check_density
 from dit_accel.operators import check_backend
@@ -30,7 +32,7 @@ from dit_accel.policy import policy_rows
 from dit_accel.presets import DEFAULT, Preset, auto_method, preset_for
 from dit_accel.registry import family_class, list_families, method_class
 from dit_accel.report import AccelerationReport, forward_seconds
-from dit_accel.runtime import Runtime, warn_switched_off
+from dit_accel.runtime import Runtime
 from dit_accel.schedule import Schedule, Steps
 from dit_accel.session import (
     AttentionSession,
@@ -59,7 +61,7 @@ def accelerate_pipeline(
     backend: str = "auto",
     precision: str | None = None,
     compile: bool | Mapping[str, Any] = False,
-    guard: None = None,
+    guard: GuardChoice = None,
     target_speedup: float | None = None,
     max_error: float | None = None,
     probe: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
@@ -88,7 +90,9 @@ def accelerate_pipeline(
             method without pooled blocks, and float16 or bfloat16.
         compile: whether to compile the transformer's repeated blocks, one by one, with
             ``torch.compile``; a mapping gives its keyword arguments. The first step takes longer.
-        guard: reserved for the quality guard; must be None.
+        guard: compare sparse attention with dense in a few rows, and compute densely what is too
+            wrong: True or "on", False or "off", or a `QualityGuard` (or a dict of its options).
+            None: on.
         target_speedup, max_error: how strong the cache is to be: skip so much, counted in block
             calls, or all that keeps the latents this near to dense (relative L1). Tried out on
             ``probe`` before this returns; the report shows the curve.
@@ -106,12 +110,13 @@ def accelerate_pipeline(
         OptionError: on an unknown option or an impossible value. What a GPU can't run is raised by
             the first forward, as `OperatorUnavailableError`.
     """
-    if guard is not None:
-        raise OptionError("guard is not available in this version: leave it None.")
+    settle_guard(guard)  # refuses what is impossible before anything takes time
     general: dict[str, Any] = {"density": density, "backend": backend, "precision": precision}
     general |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "min_tokens": min_tokens}
     wish = {"target_speedup": target_speedup, "max_error": max_error, "probe": probe}
-    _replace(pipe, _prepare(pipe, method, general, compile, wish, options))
+    acceleration = _prepare(pipe, method, general, compile, wish, options)
+    acceleration.runtime.guard = make_guard(guard, acceleration.runtime.attends)
+    _replace(pipe, acceleration)
     return pipe
 
 
@@ -282,6 +287,7 @@ class Acceleration:
             notes=tuple(recorder.notes),
             perturbed=tuple(recorder.perturbed),
             calibration=self.calibration,
+            guard=None if runtime.guard is None else runtime.guard.report(),
         )
 
     def _compile(self, transformer: nn.Module) -> None:
@@ -309,7 +315,7 @@ class Acceleration:
             backends = [getattr(layer.processor, "_attention_backend", None) for layer in layers]
             off = sum(backend != member for backend in backends) if member is not None else 0
             if off:
-                warn_switched_off(runtime, off, len(layers))
+                runtime.recorder.warn_switched_off(off, len(layers))
             parallel = getattr(layers[0].processor, "_parallel_config", None) is not None
             named = arguments_by_name(module, args, kwargs)
             return (), runtime.enter(module, named, len(layers), parallel)

@@ -198,6 +198,13 @@ def parallel_config(layers: list[Any]) -> Any:
     return getattr(layers[0].processor, "_parallel_config", None) if layers else None
 
 
+def ulysses_share(parallel_config: Any) -> tuple[int, int]:
+    """Return which share of the heads this rank attends with under Ulysses, and of how many."""
+    context = getattr(parallel_config, "context_parallel_config", None)
+    degree = int(getattr(context, "ulysses_degree", 1) or 1)
+    return (int(context._ulysses_local_rank), degree) if context and degree > 1 else (0, 1)
+
+
 def sum_over_sequence(parallel_config: Any, values: Tensor) -> Tensor:
     """Sum ``values`` over the ranks that share a sequence (not over all ranks there are)."""
     context = getattr(parallel_config, "context_parallel_config", None)

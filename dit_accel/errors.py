@@ -58,6 +58,10 @@ class UnknownWordsWarning(UserWarning):
     """A prompt has words that the model's captions never had."""
 
 
+class QualityWarning(UserWarning):
+    """Sparse attention was too far from dense attention, or not finite."""
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest of ``valid``, followed by the whole list."""
     names = sorted(valid)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dit_accel.calibration import Calibration
+    from dit_accel.guard.records import GuardReport
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class CallRecord:
         operator: who ran it; "dense" for diffusers' own attention.
         precision: what its products were rounded to: "fp8" and the like, or the tensors' dtype.
         reason: why it was dense; empty if it was sparse.
+        repaired: share of the heads that the quality guard computed densely after a sparse run.
     """
 
     step: int | None
@@ -43,16 +47,22 @@ class CallRecord:
     operator: str
     precision: str
     reason: str = ""
+    repaired: float = 0.0
 
     @property
     def density(self) -> float:
         """Share of (query, key) pairs attended, text included; 1 if dense."""
-        return 1.0 if isinstance(self.plan, DensePlan) else self.plan.density
+        sparse = 1.0 if isinstance(self.plan, DensePlan) else self.plan.density
+        return sparse + self.repaired * (1 - sparse)
 
     @property
     def block_density(self) -> float:
-        """Share of (query, key) pairs computed, whole visited blocks counted; 1 if dense."""
-        return 1.0 if isinstance(self.plan, DensePlan) else self.plan.block_density
+        """Share of (query, key) pairs computed, whole visited blocks counted; 1 if dense.
+
+        Repaired heads were computed twice, so it may be over 1.
+        """
+        sparse = 1.0 if isinstance(self.plan, DensePlan) else self.plan.block_density
+        return sparse + self.repaired
 
 
 @dataclass(frozen=True)
@@ -101,10 +111,27 @@ class Recorder:
             self.cache_bytes = 0
             self.forwards.clear()
 
+    def repaired(self, share: float) -> None:
+        """Note that this share of the heads of the latest call was computed densely as well."""
+        if share:
+            self.calls[-1] = replace(self.calls[-1], repaired=share)
+
     def note(self, text: str) -> None:
         """Keep a remark once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def warn_switched_off(self, off: int, total: int) -> None:
+        """Tell, once, that somebody replaced attention backends after acceleration."""
+        text = (
+            f"{off} of {total} attention layers no longer run through accelerate_pipeline: their "
+            "processors or backends were changed after it (set_attention_backend, "
+            "set_attn_processor, load_ip_adapter, ...). They run without the method; call "
+            "accelerate_pipeline again to switch it back on."
+        )
+        if text not in self.notes:
+            self.note(text)
+            warnings.warn(text, stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -125,6 +152,7 @@ class AccelerationReport:
         perturbed: with a guidance, one record per perturbed pass; blocks below the first perturbed
             one did not run where the conditional pass's were shared.
         calibration: how the cache's strength was chosen, if it was.
+        guard: what the quality guard found and did; None if it was off.
     """
 
     methods: tuple[Method, ...]
@@ -139,6 +167,7 @@ class AccelerationReport:
     notes: tuple[str, ...]
     perturbed: tuple[StepRecord, ...] = ()
     calibration: Calibration | None = None
+    guard: GuardReport | None = None
 
     @property
     def method(self) -> str:
@@ -218,12 +247,14 @@ class AccelerationReport:
                     "operator": call.operator,
                     "precision": call.precision,
                     "dense_because": call.reason,
+                    "repaired_share": call.repaired,
                 }
                 for call in self.calls
             ],
             "cache": self._cache_dict() if self.steps else None,
             "calibration": self.calibration.to_dict() if self.calibration else None,
             "guidance": self._guidance_dict() if self.perturbed else None,
+            "guard": self.guard.to_dict() if self.guard else None,
             "policy": {
                 "legend": LEGEND,
                 "rows": [[row.step, row.branch, row.marks] for row in self.policy],
@@ -261,13 +292,25 @@ class AccelerationReport:
             ],
         }
 
+    def save_picture(self, path: str | Path) -> None:
+        """Write a PNG of layers by steps: density, measured error and operator.
+
+        Raises:
+            OptionError: if there is no attention call to draw.
+        """
+        from dit_accel.report_png import save_report_picture
+
+        save_report_picture(self, path)
+
     def tables(self) -> list[Table]:
-        """Return what attention did and what the cache did, as far as they are attached."""
+        """Return what attention, the cache and the guard did, as far as they are attached."""
         tables = []
         if self.calls or not self.steps:
             tables.append(self._attention_table())
         if self.steps:
             tables.append(self._cache_table())
+        if self.guard and self.guard.records:
+            tables.append(self.guard.table())
         return tables
 
     def _attention_table(self) -> Table:

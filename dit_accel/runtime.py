@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.call import AttentionCall, TokenLayout, text_back, text_last
-from dit_accel.compat import dense_attention
+from dit_accel.compat import dense_attention, parallel_config
 from dit_accel.errors import ContextParallelError, OptionError
 from dit_accel.grid import RASTER, TokenOrder
+from dit_accel.guard.engine import Guard
 from dit_accel.kernels.precision import check_device
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.methods.selecting import SelectingMethod
 from dit_accel.operators import AttentionOutput, Operator, choose_operator, make_operators
 from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
 from dit_accel.plan import AttentionPlan, BlockSparsePlan, DensePlan, JointPlan, PastJointPlan
+from dit_accel.reordering import Reorderings
 from dit_accel.report import CallRecord, Recorder, time_mark
 from dit_accel.running import RunningForward
 from dit_accel.schedule import Schedule
@@ -53,6 +54,7 @@ class Runtime:
         self.method = method  # None: attention stays as it is
         self.backend, self.density, self.precision = backend, density, precision
         self.dense_backend: Any = None  # the diffusers backend that dense calls use
+        self.guard: Guard | None = None
         self.tracker = CallTracker(pipe)
         self.recorder = Recorder()
         self.seam = Seam(family, self.tracker, self.recorder)
@@ -66,7 +68,7 @@ class Runtime:
         self._plans: dict[Any, AttentionPlan] = {}
         self._lists: dict[Any, BlockSparsePlan] = {}  # where an LSE is needed, dense ones too
         self._selections: dict[Any, tuple[int, Tensor]] = {}  # of the running generation, by step
-        self._indices: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._reorderings = Reorderings()
 
     @property
     def attends(self) -> bool:
@@ -84,6 +86,8 @@ class Runtime:
         moment = self.tracker.advance(kwargs.get("timestep"))
         if moment.generation != self.recorder.generation:
             self._selections.clear()
+            if self.guard is not None:
+                self.guard.begin()
             for session in self.sessions:
                 session.begin()
         self.recorder.begin(moment.generation)
@@ -135,6 +139,9 @@ class Runtime:
                 "a resolution method can't follow context parallelism, nor a text mask with holes: "
                 "run without them, or leave the method out."
             )
+        if self.guard is not None:
+            layers = self.family.attention_layers(transformer)
+            self.guard.enter(id(transformer), moment.step, parallel_config(layers))
         wanted = method.token_order(layout.grid)
         call = AttentionCall(layout, step=moment.step, num_steps=moment.num_steps)
         dense_step = resolution is None and self.schedule.dense_step_reason(call) is not None
@@ -181,13 +188,9 @@ class Runtime:
         if reason is not None:
             self.recorder.note(f"tokens are reordered in every layer, not once per step: {reason}")
             return RASTER
-        key = (layout.grid, wanted, inputs.tail_first, device)
-        if key not in self._indices:
-            gather = wanted.permutation(layout.grid, device)
-            tail = torch.arange(inputs.tail_first, device=device) + len(gather)
-            gather = torch.cat([tail, gather])
-            self._indices[key] = gather, torch.argsort(gather)
-        self.shuffle.gather, self.shuffle.scatter = self._indices[key]
+        self.shuffle.gather, self.shuffle.scatter = self._reorderings.of_forward(
+            layout.grid, wanted, inputs.tail_first, device
+        )
         return wanted
 
     # ---------------------------------------------------------------------- one attention call
@@ -267,12 +270,16 @@ class Runtime:
     ) -> Tensor:
         if running.resolution is not None:
             return self._resolved(running.resolution, (query, key, value), scale, call, running)
+        if reason is None and self.guard is not None:
+            reason = self.guard.dense_reason(call, running.sample)
         if reason is not None:
             return self._dense(query, key, value, None, scale, call, reason)
         if running.order == running.wanted:
             return self._planned(query, key, value, scale, call, running)
         # The forward is in another order: go over into the method's around this one call.
-        gather, scatter = self._call_indices(call.layout, running, query.device)
+        gather, scatter = self._reorderings.of_call(
+            call.layout, running.order, running.wanted, query.device
+        )
         q, k, v = (x.index_select(1, gather) for x in (query, key, value))
         return self._planned(q, k, v, scale, call, running).index_select(1, scatter)
 
@@ -319,21 +326,42 @@ class Runtime:
         """Run a call by the method that a resolution session has for this forward."""
         scatter = None
         if running.order != running.wanted:
-            gather, scatter = self._call_indices(call.layout, running, qkv[0].device)
+            gather, scatter = self._reorderings.of_call(
+                call.layout, running.order, running.wanted, qkv[0].device
+            )
             q, k, v = (x.index_select(1, gather) for x in qkv)
             qkv = q, k, v
-        if with_lse and isinstance(running.method, StaticMethod):
-            where = (running.method, call.layout, running.wanted, qkv[0].device)
-            if where not in self._lists:
-                self._lists[where] = running.method.plan_block_sparse(*where[1:])
-            scale = running.method.scaled(scale, qkv[0].shape[-1])
-            out, lse = self._operate(qkv, scale, call, self._lists[where], with_lse=True)
-        else:
+        method = running.method
+        if not isinstance(method, StaticMethod):
             out, lse = self._planned(*qkv, scale, call, running), None
+        else:
+            where = method, call.layout, running.wanted, qkv[0].device
+            own_scale = method.scaled(scale, qkv[0].shape[-1])
+
+            def again() -> AttentionOutput:
+                plain, lists = self._operators["torch"], self._lists_of(*where)
+                return plain.run(*qkv, lists, scale=own_scale, return_lse=True)
+
+            if with_lse:
+                output = self._operate(qkv, own_scale, call, self._lists_of(*where), with_lse=True)
+            else:
+                output = self._planned(*qkv, scale, call, running), None
+            if self.guard is not None:
+                output = self.guard.check_finite(output, call, again)
+            out, lse = output
         if scatter is not None:
             out = out.index_select(1, scatter)
             lse = None if lse is None else lse.index_select(2, scatter)
         return out, lse
+
+    def _lists_of(
+        self, method: StaticMethod, layout: TokenLayout, order: TokenOrder, device: torch.device
+    ) -> BlockSparsePlan:
+        """Return the method's plan as lists, also where they list every block."""
+        where = (method, layout, order, device)
+        if where not in self._lists:
+            self._lists[where] = method.plan_block_sparse(layout, order, device)
+        return self._lists[where]
 
     def _planned(
         self,
@@ -362,8 +390,16 @@ class Runtime:
         for session in self.sessions:
             if isinstance(session, AttentionSession):
                 run = partial(self._operator(plan, query, call).run, scale=scale, return_lse=True)
-                return session.attend(qkv, call, running.sample, plan, run)
-        return self._operate(qkv, scale, call, plan)[0]
+                output = session.attend(qkv, call, running.sample, plan, run)
+                break
+        else:
+            output = self._operate(qkv, scale, call, plan)[0]
+        if self.guard is None or running.resolution is not None:
+            return output
+        dense = partial(dense_attention, mask=None, scale=scale, backend=self.dense_backend)
+        output, share = self.guard.check(qkv, output, call, running.sample, scale, dense)
+        self.recorder.repaired(share)
+        return output
 
     def _operate(
         self,
@@ -457,40 +493,6 @@ class Runtime:
         self.recorder.calls.append(
             CallRecord(call.step, call.layer, call.branch, past, operator, precision, reason)
         )
-
-    def _call_indices(
-        self, layout: TokenLayout, running: RunningForward, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Return how to go from the order of the forward into the one its method wants, and back.
-
-        Text stays where it is.
-        """
-        key = (layout, running.order, running.wanted, device)
-        if key not in self._indices:
-            video = running.wanted.permutation(layout.grid, device)
-            if not running.order.is_raster:
-                video = running.order.permutation(layout.grid, device).argsort()[video]
-            text = torch.arange(layout.text_length, device=device)
-            gather = (
-                torch.cat([text, video + layout.text_length])
-                if layout.text_first
-                else torch.cat([video, text + layout.video_length])
-            )
-            self._indices[key] = gather, torch.argsort(gather)
-        return self._indices[key]
-
-
-def warn_switched_off(runtime: Runtime, off: int, total: int) -> None:
-    """Tell, once, that somebody replaced attention backends after acceleration."""
-    text = (
-        f"{off} of {total} attention layers no longer run through accelerate_pipeline: their "
-        "processors or backends were changed after it (set_attention_backend, "
-        "set_attn_processor, load_ip_adapter, ...). They run without the method; call "
-        "accelerate_pipeline again to switch it back on."
-    )
-    if text not in runtime.recorder.notes:
-        runtime.recorder.note(text)
-        warnings.warn(text, stacklevel=2)
 
 
 def _dtype_name(tensor: Tensor) -> str:

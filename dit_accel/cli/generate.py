@@ -11,7 +11,7 @@ import typer
 from rich.console import Console, Group
 from rich.table import Table
 
-from dit_accel.cli.options import parse_options, pick_dtype
+from dit_accel.cli.options import guard_options, names_of, parse_options, pick_dtype
 from dit_accel.cli.output import plain_warnings, print_json, progress_bars, quieten_libraries
 from dit_accel.errors import OptionError
 
@@ -26,6 +26,24 @@ Methods = Annotated[
         show_default=False,
     ),
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An option, e.g. density=0.3. Repeatable.", metavar="NAME=VALUE"),
+]
+GuardSwitch = Annotated[
+    bool | None,
+    typer.Option(
+        "--guard/--no-guard",
+        help="Compare sparse attention with dense in a few rows, and repair it. [default: guard]",
+        show_default=False,
+    ),
+]
+GuardError = Annotated[
+    float | None, typer.Option(help="Most relative error of a head that the guard lets pass.")
+]
+ReportPicture = Annotated[
+    Path | None, typer.Option(help="A .png of layers by steps: density, error, operator.")
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,8 @@ class Outputs:
     """The files that one command writes: OUTPUT and others beside it."""
 
     main: Path
+    picture: Path | None = None
+    """Of the report, where it was asked for."""
 
     def beside(self, name: str) -> Path:
         """Return e.g. ``out.report.json`` for ``out.mp4``."""
@@ -46,7 +66,8 @@ class Outputs:
     def all(self, compare: bool) -> list[Path]:
         """Return every file that will be written."""
         pictures = [self.main, self.dense] if compare else [self.main]
-        return [*pictures, self.beside("report.json"), self.beside("report.txt")]
+        drawn = [] if self.picture is None else [self.picture]
+        return [*pictures, self.beside("report.json"), self.beside("report.txt"), *drawn]
 
 
 def generate(
@@ -56,12 +77,7 @@ def generate(
         str, typer.Option(help="A bundled model, a folder, or a hub id (org/name).")
     ] = "tiny-wan",
     method: Methods = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="An option, e.g. density=0.3. Repeatable.", metavar="NAME=VALUE"
-        ),
-    ] = None,
+    options: Settings = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Generate densely too, and compare.")
     ] = False,
@@ -76,6 +92,9 @@ def generate(
     dtype: Annotated[
         str, typer.Option(help="float32, float16 or bfloat16; auto: float32 on a CPU.")
     ] = "auto",
+    guard: GuardSwitch = None,
+    guard_error: GuardError = None,
+    report_picture: ReportPicture = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -91,8 +110,9 @@ def generate(
 
     quieten_libraries()
     methods = ",".join(method or ["radial"])
-    chosen = parse_options(methods, options or [])
-    outputs = Outputs(output)
+    chosen = parse_options(methods, options or []) | guard_options(guard, guard_error)
+    outputs = Outputs(output, report_picture)
+    _check_picture(report_picture, methods)
     check_outputs(outputs.all(compare), force=force)
     defaults = generation_defaults(model)
     settings: dict[str, Any] = {
@@ -140,7 +160,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write all files and return the report."""
     from dit_accel.environment import environment
-    from dit_accel.files import write_frames, write_text
+    from dit_accel.files import replacing, write_frames, write_text
 
     written = outputs.all(result.dense is not None)
     report = {
@@ -155,7 +175,27 @@ def _write(
         write_frames(outputs.dense, result.dense.frames, fps)
     write_text(outputs.beside("report.json"), json.dumps(report, indent=2, allow_nan=False))
     write_text(outputs.beside("report.txt"), _as_text(result))
+    if outputs.picture is not None:
+        with replacing(outputs.picture) as partial:
+            result.report.save_picture(partial)
     return report
+
+
+def _check_picture(picture: Path | None, methods: str) -> None:
+    from dit_accel.files import IMAGE_SUFFIX
+    from dit_accel.registry import method_class
+
+    if picture is None:
+        return
+    if picture.suffix.lower() != IMAGE_SUFFIX:
+        raise OptionError(f"report picture {str(picture)!r} must end in {IMAGE_SUFFIX}.")
+    kinds = {
+        "attention" if name == "auto" else method_class(name).kind for name in names_of(methods)
+    }
+    if not kinds & {"attention", "resolution"}:
+        raise OptionError(
+            f"--report-picture shows attention calls, and {methods!r} leaves attention alone."
+        )
 
 
 def _check_suffix(output: Path, model: str) -> None:

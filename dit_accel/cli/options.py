@@ -71,6 +71,21 @@ def names_of(method: str) -> list[str]:
     return [str(name) for name in members(method)]
 
 
+def guard_options(on: bool | None, max_error: float | None) -> dict[str, Any]:
+    """Return the ``guard`` that --guard, --no-guard and --guard-error ask for, if they do.
+
+    Raises:
+        OptionError: if they contradict each other, or on an impossible error.
+    """
+    from dit_accel.guard.options import QualityGuard
+
+    if on is False and max_error is not None:
+        raise OptionError("--no-guard and --guard-error contradict each other: give one of them.")
+    if max_error is not None:
+        return {"guard": QualityGuard(max_error=max_error)}
+    return {} if on is None else {"guard": on}
+
+
 def pick_dtype(name: str) -> torch.dtype | None:
     """Return the torch dtype called ``name``; None, the model's choice, for "auto".
 

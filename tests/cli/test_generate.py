@@ -226,3 +226,33 @@ def test_interrupted_writing_leaves_nothing(dit_accel, video_model, tmp_path, mo
     assert "Traceback" not in ran.err
     assert names(tmp_path) == ["out.mp4"]
     assert (tmp_path / "out.mp4").read_text() == "old"
+
+
+def test_guard_and_picture_of_the_report(dit_accel, video_model, tmp_path):
+    ran = dit_accel(
+        *("generate", "a red ball", "--model", video_model, "--output", "out.mp4"),
+        *(*SPARSE, *SOON, "--guard-error", "1e-9", "--report-picture", "report.png", "--json"),
+    )
+    assert ran.code == 0, ran.err
+    assert "warning: quality guard" in ran.err
+    guard = json.loads(ran.out)["acceleration"]["guard"]
+    assert guard["options"]["max_error"] == 1e-9
+    assert guard["trips"] > 0
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.width > 900
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--no-guard", "--guard-error", "0.1"), "contradict"),
+        (("--guard-error", "-1"), "max_error=-1.0"),
+        (("--report-picture", "report.jpg"), "must end in .png"),
+        (("--method", "first_block_cache", "--report-picture", "r.png"), "attention alone"),
+    ],
+)
+def test_impossible_guards_and_pictures(dit_accel, video_model, tmp_path, arguments, says):
+    ran = dit_accel("generate", "x", "--model", video_model, "--output", "out.mp4", *arguments)
+    assert ran.code == 2
+    assert says in ran.err
+    assert not names(tmp_path)

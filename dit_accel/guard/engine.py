@@ -1,0 +1,328 @@
+"""The quality guard at work: probes, decisions and repairs of one acceleration.
+
+`reference.py` says what a probe measures. All that a call's decision needs is one short vector,
+which the host reads once per sparse call: what is wrong is repaired before anything else sees it,
+and a wait at a call that takes milliseconds costs less than running the repair for all heads and
+choosing on the device. Under context parallelism the vector is summed over the ranks that share a
+sequence before it is read, so all ranks decide alike for all heads, and repair their own.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_accel import compat
+from dit_accel.call import AttentionCall, TokenLayout
+from dit_accel.errors import OptionError, QualityWarning
+from dit_accel.grid import Grid
+from dit_accel.guard.options import GuardChoice, QualityGuard, settle_guard
+from dit_accel.guard.records import GuardRecord, GuardReport
+
+Output = tuple[Tensor, Tensor | None]
+"""An output ``[B, N, H, D]`` and, where there is one, its LSE ``[B, H, N]``."""
+
+Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Dense attention: ``dense(query, key, value) -> output``, all ``[B, N, H, D]``."""
+
+SHIFT = 0.6180339887498949
+"""Successive probes are shifted by this share of the space between two rows: never the same."""
+
+
+class _Where(NamedTuple):
+    """What decisions are kept by."""
+
+    transformer: int
+    branch: str
+    sample: int
+    layer: int
+    grid: Grid
+    text_length: int
+
+
+@dataclass
+class _Known:
+    """What was decided on the heads of one layer, in one branch."""
+
+    calls: int = 0  # sparse calls so far
+    dense: frozenset[int] = frozenset()
+    whole: bool = False  # the layer is not run sparsely any more
+
+
+class Guard:
+    """The working state of a `QualityGuard`. It dies with its acceleration."""
+
+    def __init__(self, options: QualityGuard) -> None:
+        self.options = options
+        self.records: list[GuardRecord] = []
+        self._known: dict[_Where, _Known] = {}
+        self._dense_from: tuple[int | None] | None = None  # step of a trip that made all dense
+        self._transformer = 0
+        self._parallel: Any = None
+        self._warned = False
+
+    def begin(self) -> None:
+        """Forget everything: a new generation is about to run."""
+        self.records.clear()
+        self._warned = False
+        self._forget_decisions()
+
+    def enter(self, transformer: int, step: int | None, parallel_config: Any) -> None:
+        """A transformer, given by its id, is about to run."""
+        self._transformer, self._parallel = transformer, parallel_config
+        if step is None:  # no denoising loop: what was seen before has nothing to do with this
+            self._forget_decisions()
+
+    def _forget_decisions(self) -> None:
+        self._known.clear()
+        self._dense_from = None
+
+    def report(self) -> GuardReport:
+        """Sum up the last generation."""
+        whole = [(key.layer, key.branch) for key, known in self._known.items() if known.whole]
+        first = None if self._dense_from is None else self._dense_from[0]
+        return GuardReport(
+            self.options, tuple(self.records), tuple(sorted(dict.fromkeys(whole))), first
+        )
+
+    # ---------------------------------------------------------------------- one attention call
+
+    def dense_reason(self, call: AttentionCall, sample: int) -> str | None:
+        """Return why this call must be dense by what was found before, or None."""
+        if self._dense_from is not None:
+            return "quality guard: the rest of the generation"
+        known = self._known.get(self._key(call, sample))
+        return "quality guard: the layer was over the budget" if known and known.whole else None
+
+    def check(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        output: Tensor,
+        call: AttentionCall,
+        sample: int,
+        scale: float | None,
+        dense: Dense,
+    ) -> tuple[Tensor, float]:
+        """Judge the output of a sparse call, and repair what is too wrong.
+
+        Args:
+            qkv: query, key and value ``[B, N, H, D]``, rows as ``call.layout`` says, the video
+                tokens in any order.
+            output: ``[B, N, H, D]``, of the sparse call.
+            call: which call this is.
+            sample: of the batch, where samples run one by one.
+            scale: of the logits; None for ``D ** -0.5``.
+            dense: what repairs heads.
+
+        Returns:
+            The output, repaired, and the share of the heads that were computed densely.
+        """
+        known = self._known.setdefault(self._key(call, sample), _Known())
+        sums = None
+        if self.options.probes(call.layer, known.calls):
+            rows = probe_rows(call.layout, self.options.rows, known.calls, output.device)
+            sums = probe_sums(*qkv, output, rows, scale)
+        known.calls += 1
+        errors, finite = self._read(sums, output)
+        not_finite = () if finite else self._not_finite_heads(output)
+        heads = output.shape[2] * compat.ulysses_share(self._parallel)[1]
+        tripped, repair = self._decide(known, errors, not_finite, heads)
+        if errors or not_finite or repair:
+            self.records.append(
+                GuardRecord(
+                    call.step,
+                    call.layer,
+                    call.branch,
+                    errors,
+                    not_finite,
+                    tripped,
+                    tuple(sorted(repair)),
+                )
+            )
+        if tripped or not_finite:
+            self._tell(self.records[-1])
+            if self.options.action == "step" and tripped:
+                self._dense_from = (call.step,)
+        return self._repaired(qkv, output, repair, dense), len(repair) / heads
+
+    def check_finite(
+        self, output: Output, call: AttentionCall, again: Callable[[], Output]
+    ) -> Output:
+        """Return the output of a call, or what ``again`` gives if it is not finite.
+
+        For attention that is not meant to be near dense, such as a resolution method's windows.
+        """
+        attended, _ = output
+        if is_finite(attended):
+            return output
+        heads = self._not_finite_heads(attended)
+        self.records.append(
+            GuardRecord(call.step, call.layer, call.branch, (), heads, heads, heads)
+        )
+        self._tell(self.records[-1])
+        return again()
+
+    def _key(self, call: AttentionCall, sample: int) -> _Where:
+        # Not the layout as a whole: the text may move behind the video between asking and checking.
+        grid, text = call.layout.grid, call.layout.text_length
+        return _Where(self._transformer, call.branch, sample, call.layer, grid, text)
+
+    def _decide(
+        self,
+        known: _Known,
+        errors: tuple[float, ...],
+        not_finite: tuple[int, ...],
+        heads: int,
+    ) -> tuple[tuple[int, ...], frozenset[int]]:
+        """Return the heads that went over the budget just now, and those to compute densely."""
+        options = self.options
+        over = {head for head, error in enumerate(errors) if error > options.max_error}
+        well = {h for h, error in enumerate(errors) if error < options.release * options.max_error}
+        tripped = tuple(sorted((over | {*not_finite}) - known.dense))
+        if options.action == "report":
+            return tripped, frozenset(not_finite)
+        known.dense = (known.dense | over | {*not_finite}) - (well - {*not_finite})
+        if known.dense and options.action == "layer":
+            known.dense = frozenset(range(heads))
+        known.whole = 2 * len(known.dense) > heads
+        return tripped, known.dense
+
+    def _repaired(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        output: Tensor,
+        repair: frozenset[int],
+        dense: Dense,
+    ) -> Tensor:
+        """Return the output with these heads, of those that this rank has, computed densely."""
+        count = output.shape[2]
+        first = count * compat.ulysses_share(self._parallel)[0]
+        own = [head - first for head in sorted(repair) if first <= head < first + count]
+        if not own:
+            return output
+        if len(own) == count:
+            return dense(*qkv)
+        index = torch.tensor(own, device=output.device)
+        query, key, value = (x.index_select(2, index) for x in qkv)
+        return output.index_copy(2, index, dense(query, key, value).to(output.dtype))
+
+    # ------------------------------------------------------------------------- what was found
+
+    def _read(self, sums: Tensor | None, output: Tensor) -> tuple[tuple[float, ...], bool]:
+        """Return the error of each head, of all ranks, and whether the output may be finite.
+
+        A sum is not finite if one of its terms isn't; the reverse is looked into where it happens.
+        """
+        total = output.sum(dtype=torch.float32)
+        if sums is None:
+            return (), math.isfinite(compat.sum_over_sequence(self._parallel, total).item())
+        shared = torch.cat([self._by_head(sums).flatten(), total[None]])
+        values = compat.sum_over_sequence(self._parallel, shared).cpu()
+        wrong, size = values[:-1].view(2, len(output), -1)
+        errors = (wrong / size).sqrt().where(wrong > 0, wrong)  # 0 / 0 is no error, NaN stays
+        errors = errors.where(errors.isfinite(), math.inf).amax(0)
+        return tuple(errors.tolist()), math.isfinite(values[-1].item())
+
+    def _not_finite_heads(self, output: Tensor) -> tuple[int, ...]:
+        found = (~output.isfinite()).any(3).any(1).sum(0).float()
+        shared = compat.sum_over_sequence(self._parallel, self._by_head(found))
+        return tuple(shared.nonzero().flatten().tolist())
+
+    def _by_head(self, values: Tensor) -> Tensor:
+        """Return ``[..., H]`` as all ranks' heads, those of other ranks 0."""
+        rank, degree = compat.ulysses_share(self._parallel)
+        shared = values.new_zeros(*values.shape[:-1], degree, values.shape[-1])
+        shared[..., rank, :] = values
+        return shared.flatten(-2)
+
+    def _tell(self, record: GuardRecord) -> None:
+        """Warn of the first trip of a generation."""
+        if self._warned:
+            return
+        self._warned = True
+        what = []
+        over = [head for head in record.tripped if head not in record.not_finite]
+        if over:
+            what.append(
+                f"{len(over)} heads over max_error={self.options.max_error:g}, the worst at "
+                f"{record.worst:.3g}"
+            )
+        if record.not_finite:
+            what.append(f"{len(record.not_finite)} heads not finite")
+        did = {
+            "head": "These heads are computed densely from here on",
+            "layer": "The layer is dense from here on",
+            "step": "All layers are dense from here on",
+            "report": "Nothing but what is not finite is repaired (action='report')",
+        }[self.options.action]
+        warnings.warn(
+            f"quality guard: sparse attention is too far from dense at step {record.step}, layer "
+            f"{record.layer}, branch {record.branch!r}: {' and '.join(what)}. {did}; others may "
+            "follow, see acceleration_report(pipe). A higher density, more dense_steps or "
+            "dense_layers avoid it; guard=False switches the guard off.",
+            QualityWarning,
+            stacklevel=2,
+        )
+
+
+def make_guard(choice: GuardChoice, attends: bool) -> Guard | None:
+    """Return the guard of an acceleration; None for none.
+
+    Args:
+        choice: as given to `accelerate_pipeline`.
+        attends: whether attention runs through the acceleration.
+
+    Raises:
+        OptionError: if a guard was asked for that would have nothing to watch.
+    """
+    options = settle_guard(choice)
+    if options is not None and attends:
+        return Guard(options)
+    if options is not None and choice is not None:
+        raise OptionError(
+            f"guard={choice!r} watches sparse attention, and no attention method is chosen: add "
+            "one to method=[...] or leave it out."
+        )
+    return None
+
+
+def is_finite(output: Tensor) -> bool:
+    """Return whether a call's output is finite; waits for the device."""
+    return math.isfinite(output.sum(dtype=torch.float32).item()) or bool(output.isfinite().all())
+
+
+def probe_rows(layout: TokenLayout, count: int, earlier: int, device: torch.device) -> Tensor:
+    """Return the rows of a probe, int64, ascending: spread evenly over the video tokens.
+
+    Args:
+        layout: the tokens.
+        count: how many; fewer if there are not so many video tokens.
+        earlier: how many sparse calls this layer had before.
+        device: of the result.
+    """
+    video = layout.video_length
+    count = min(count, video)
+    first = layout.text_length if layout.text_first else 0
+    space = video / count
+    shift = int(earlier * SHIFT % 1 * space)
+    return torch.arange(count, device=device) * video // count + (first + shift)
+
+
+def probe_sums(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, rows: Tensor, scale: float | None
+) -> Tensor:
+    """Return the two sums of squares of `probe_error`, float32 ``[2, B, H]``: error and size.
+
+    Dense attention is torch's, in the tensors' own dtype.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (query[:, rows], key, value))
+    dense = F.scaled_dot_product_attention(q, k, v, scale=scale).float()
+    wrong = output[:, rows].transpose(1, 2).float() - dense
+    return torch.stack([wrong.square().sum((2, 3)), dense.square().sum((2, 3))])
