@@ -226,11 +226,11 @@ def _run_batch(
     stage: str,
     progress: Progress | None,
     output_type: str,
-) -> tuple[Any, _Stopwatch]:
+) -> tuple[Any, Stopwatch]:
     arguments = pipeline_arguments(pipe, requests[0])
     arguments["prompt"] = [request.prompt for request in requests]
     noise = [torch.Generator().manual_seed(request.seed) for request in requests]
-    return _call(pipe, arguments, noise, stage, progress, output_type)
+    return timed_call(pipe, arguments, noise, stage, progress, output_type)
 
 
 def _generate(
@@ -298,21 +298,22 @@ def _run(
     stage: str,
     progress: Progress | None,
     output_type: str = "pt",
-) -> tuple[Any, _Stopwatch]:
+) -> tuple[Any, Stopwatch]:
     noise = torch.Generator().manual_seed(request.seed)
-    return _call(pipe, pipeline_arguments(pipe, request), noise, stage, progress, output_type)
+    return timed_call(pipe, pipeline_arguments(pipe, request), noise, stage, progress, output_type)
 
 
-def _call(
+def timed_call(
     pipe: Any,
     arguments: Mapping[str, Any],
     noise: torch.Generator | list[torch.Generator],
-    stage: str,
-    progress: Progress | None,
-    output_type: str,
-) -> tuple[Any, _Stopwatch]:
+    stage: str = "",
+    progress: Progress | None = None,
+    output_type: str = "pt",
+) -> tuple[Any, Stopwatch]:
+    """Return the output of ``pipe(**arguments)``, and what its run took and ended with."""
     pipe.set_progress_bar_config(disable=True)
-    with _Stopwatch(pipe, stage, progress) as stopwatch:
+    with Stopwatch(pipe, stage, progress) as stopwatch:
         output = pipe(
             **arguments,
             generator=noise,
@@ -331,7 +332,7 @@ def _warm_up_output(pipe: Any) -> str:
     return "latent" if pipe.device.type == "cpu" else "pt"
 
 
-class _Stopwatch:
+class Stopwatch:
     """Times one pipeline call, and its denoising loop from the first transformer call on."""
 
     def __init__(self, pipe: Any, stage: str, progress: Progress | None) -> None:
@@ -342,7 +343,7 @@ class _Stopwatch:
         self._pipe = pipe
         self._first_call: float | None = None
 
-    def __enter__(self) -> _Stopwatch:
+    def __enter__(self) -> Stopwatch:
         transformers = (
             getattr(self._pipe, name, None) for name in ("transformer", "transformer_2")
         )
@@ -366,6 +367,7 @@ class _Stopwatch:
     def step_end(
         self, pipe: Any, step: int, _timestep: Any, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
+        """Note the time and the latents; a pipeline's ``callback_on_step_end``."""
         if self._first_call is not None:
             self.denoise_s = _now() - self._first_call
         self.steps, self.latents = step + 1, kwargs.get("latents")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dit_accel.calibration import Calibration
+    from dit_accel.choosing.choice import Choice
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class AccelerationReport:
         perturbed: with a guidance, one record per perturbed pass; blocks below the first perturbed
             one did not run where the conditional pass's were shared.
         calibration: how the cache's strength was chosen, if it was.
+        choice: what was measured and chosen for a budget, if there was one.
     """
 
     methods: tuple[Method, ...]
@@ -139,6 +141,7 @@ class AccelerationReport:
     notes: tuple[str, ...]
     perturbed: tuple[StepRecord, ...] = ()
     calibration: Calibration | None = None
+    choice: Choice | None = None
 
     @property
     def method(self) -> str:
@@ -223,6 +226,7 @@ class AccelerationReport:
             ],
             "cache": self._cache_dict() if self.steps else None,
             "calibration": self.calibration.to_dict() if self.calibration else None,
+            "choice": self.choice.to_dict() if self.choice else None,
             "guidance": self._guidance_dict() if self.perturbed else None,
             "policy": {
                 "legend": LEGEND,
@@ -345,6 +349,7 @@ class AccelerationReport:
         tuning = self.settings.get("tuning", {}).items()
         tiles = [f"tile shapes of {name}: {source}" for name, source in tuning]
         curve = self.calibration.lines() if self.calibration else []
+        curve += self.choice.lines() if self.choice else []
         return rejected + tiles + curve + self._guidance_remarks() + list(self.notes)
 
     def _guidance_remarks(self) -> list[str]:

@@ -311,10 +311,10 @@ def test_refused_goals_leave_the_acceleration_before(method, given, says):
 
 
 def test_bundled_models_know_what_to_probe_with():
-    from dit_accel.calibration import _bundled_calls
+    from dit_accel.calibration import bundled_calls
     from dit_accel.models import load_pipeline
 
-    (call,) = _bundled_calls(load_pipeline("tiny-sd3"))
+    (call,) = bundled_calls(load_pipeline("tiny-sd3"))
     assert len(call["prompt"]) == len(call["generator"]) == 2
     assert call["num_inference_steps"] == 20
 
