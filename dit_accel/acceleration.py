@@ -123,7 +123,11 @@ def accelerate_pipeline(
         raise OptionError("guard is not available in this version: leave it None.")
     general: dict[str, Any] = {"density": density, "backend": backend, "precision": precision}
     general |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "min_tokens": min_tokens}
-    wish = {"min_psnr": min_psnr, "max_error": max_error, "target_speedup": target_speedup}
+    wish: dict[str, Any] = {
+        "min_psnr": min_psnr,
+        "max_error": max_error,
+        "target_speedup": target_speedup,
+    }
     wish |= {"probe": probe, "calibration": calibration, "per_head": per_head or None}
     _replace(pipe, _prepare(pipe, method, general, compile, wish, options))
     return pipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from dit_accel.choosing.budget import USUAL_PSNR, Budget
 from dit_accel.choosing.choice import Choice, choose, kept_path, load, save
 from dit_accel.choosing.cost import CostModel, Workload
 from dit_accel.choosing.search import Search
-from dit_accel.choosing.settings import Line, Setting, attention_lines, cache_lines
+from dit_accel.choosing.settings import Line, Setting
 from dit_accel.choosing.times import AttentionTimes
-from dit_accel.choosing.trials import Seen, Trials
-from dit_accel.errors import DitAccelError, OptionError
+from dit_accel.choosing.trials import Prediction, Seen, Trials
+from dit_accel.errors import OptionError
 from dit_accel.generation import Progress
 from dit_accel.presets import AUTO_ORDER
 from dit_accel.registry import list_methods, method_class
@@ -136,7 +136,7 @@ def calibrate_auto(
     calls = _calls(pipe, probe)
     general = {k: v for k, v in (general or {}).items() if k in _GENERAL and v is not None}
     times = AttentionTimes() if times is None else times
-    told = _Prediction(times)
+    told = Prediction(times)
     trials = Trials(pipe, calls, decode=budget.max_error is None, predict=told, progress=progress)
     where = _circumstances(pipe, calls, {**general, **(options or {})}, trials.decode)
     path = kept_path(where)
@@ -144,7 +144,7 @@ def calibrate_auto(
         _recall(trials, path, where)
     seen = trials.look()
     told.model = CostModel(Workload(seen.place, seen.layers, seen.steps, 1), seen.dense_s, times)
-    lines = _lines(pipe, names, seen.place.layout, general, options or {})
+    lines = lines_for(pipe, names, seen.place.layout, general, options or {})
     search = Search(budget, lines, trials.measure, told)
     try:
         points = search.run()
@@ -154,33 +154,6 @@ def calibrate_auto(
     refused = {**trials.refused, **search.idle}
     choice = choose(points, budget, refused, list(times.sources))
     return Made(choice, _about(pipe), seen.to_row())
-
-
-@dataclass
-class _Prediction:
-    """Foretells a setting's speed-up: of its attention alone, for what a cache skips is unknown."""
-
-    times: AttentionTimes
-    model: CostModel | None = None
-    _known: dict[str, float | None] = field(default_factory=dict)
-
-    def __call__(self, setting: Setting) -> float | None:
-        if self.model is None or len(setting.methods) != 1:
-            return None
-        name, key = setting.methods[0], str(setting)
-        if "density" not in setting.options:
-            return None
-        if key not in self._known:
-            cls: Any = method_class(name)
-            place = self.model.workload.place
-            try:
-                method = cls(**setting.options.get(name, {}))
-                method = method.at_density(setting.options["density"], place.layout)
-                dense_steps = setting.options.get("dense_steps", 0)
-                self._known[key] = self.model.speedup(method, dense_steps=dense_steps)
-            except (DitAccelError, torch.OutOfMemoryError):
-                self._known[key] = None
-        return self._known[key]
 
 
 def _check(
@@ -224,14 +197,22 @@ def _calls(pipe: Any, probe: PipelineCall | Sequence[PipelineCall] | None) -> li
     return calls
 
 
-def _lines(
+def lines_for(
     pipe: Any,
     names: Sequence[str],
     layout: Any,
     general: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> list[Line]:
-    """Return what may be chosen, the most promising first."""
+    """Return what may be chosen, the most promising first.
+
+    Args:
+        pipe: the pipeline.
+        names: see `settle`.
+        layout: what is generated.
+        general: `accelerate_pipeline`'s own options, as far as given.
+        options: of single methods.
+    """
     if "auto" in names:
         known = [name for name in AUTO_ORDER if name in list_methods()]
         names = [*known, *(name for name in list_methods() if name not in known)]

@@ -132,7 +132,7 @@ def block_size_for(layout: TokenLayout) -> int:
 
 def blocks_of(name: str, size: int) -> dict[str, int]:
     """Return the options that give a method blocks of at most ``size`` tokens."""
-    defaults = {f.name: f.default for f in fields(method_class(name)) if f.init}
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(method_class(name)) if f.init}
     return {option: min(size, defaults[option]) for option in _BLOCK_OPTIONS if option in defaults}
 
 

@@ -93,7 +93,7 @@ class AttentionTimes:
         """
         found = self._from_table(method, place)
         if found is not None:
-            self.sources[f"table of {self.table[_card(self.table, place)]['gpu']}"] = None
+            self.sources[f"table of {place.card}"] = None
             return found
         key = _key(method, place)
         self._read_file(place)
@@ -216,14 +216,19 @@ def _runner(
         return dense
     layout = TokenLayout(place.layout.grid, place.layout.text_length)
     order, call = method.token_order(layout.grid), AttentionCall(layout)
-    make = partial(method.plan, call, *qkv, order)
-    plan = make()
-    if isinstance(plan, DensePlan):
+    first = method.plan(call, *qkv, order)
+    if isinstance(first, DensePlan):
         return dense
-    operator = choose_operator("auto", make_operators(), plan, qkv[0]).operator
-    if isinstance(method, StaticMethod):  # its plan is made once
-        return partial(operator.run, *qkv, plan, None, False)
-    return lambda: operator.run(*qkv, make(), None, False)
+    operator = choose_operator("auto", make_operators(), first, qkv[0]).operator
+
+    def run() -> None:
+        # A static method's plan is made once for all calls.
+        static = isinstance(method, StaticMethod)
+        plan = first if static else method.plan(call, *qkv, order)
+        if not isinstance(plan, DensePlan):
+            operator.run(*qkv, plan, None, False)
+
+    return run
 
 
 def _timed(run: Any, device: torch.device) -> float:

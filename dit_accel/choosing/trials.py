@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,12 +19,14 @@ from dit_accel.acceleration import (
 from dit_accel.calibration import PipelineCall, generators
 from dit_accel.call import TokenLayout
 from dit_accel.choosing.choice import Point
+from dit_accel.choosing.cost import CostModel
 from dit_accel.choosing.forecast import heads_of
 from dit_accel.choosing.settings import Setting
-from dit_accel.choosing.times import Place
+from dit_accel.choosing.times import AttentionTimes, Place
 from dit_accel.errors import DitAccelError, OptionError
 from dit_accel.eval.fidelity import psnr, relative_l1
 from dit_accel.generation import Progress, timed_call
+from dit_accel.registry import method_class
 from dit_accel.session import arguments_by_name
 
 Row = dict[str, Any]
@@ -227,6 +229,34 @@ class Trials:
             # Half precision is 20 dB finer than the 8 bits that will be written.
             frames = list(made.to(torch.float16).cpu())
         return frames, list(clock.latents.float().cpu()), clock.denoise_s
+
+
+@dataclass
+class Prediction:
+    """Foretells a setting's speed-up: of its attention alone, for what a cache skips is unknown."""
+
+    times: AttentionTimes
+    model: CostModel | None = None
+    _known: dict[str, float | None] = field(default_factory=dict)
+
+    def __call__(self, setting: Setting) -> float | None:
+        """Return the speed-up; None if nothing can be said."""
+        if self.model is None or len(setting.methods) != 1:
+            return None
+        name, key = setting.methods[0], str(setting)
+        if "density" not in setting.options:
+            return None
+        if key not in self._known:
+            cls: Any = method_class(name)
+            place = self.model.workload.place
+            try:
+                method = cls(**setting.options.get(name, {}))
+                method = method.at_density(setting.options["density"], place.layout)
+                dense_steps = setting.options.get("dense_steps", 0)
+                self._known[key] = self.model.speedup(method, dense_steps=dense_steps)
+            except (DitAccelError, torch.OutOfMemoryError):
+                self._known[key] = None
+        return self._known[key]
 
 
 class _Look:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,9 @@ class BlockStatistics:
         """Return the statistics of some heads; ``index`` is int64 ``[heads]``."""
         shared = ("query_counts", "key_counts", "pooled")
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in shared}
-        mine = {n: None if x is None else x.index_select(1, index) for n, x in own.items()}
+        mine: dict[str, Any] = {
+            name: None if x is None else x.index_select(1, index) for name, x in own.items()
+        }
         pooled = {
             level: (key.index_select(1, index), value.index_select(1, index))
             for level, (key, value) in self.pooled.items()

@@ -62,7 +62,7 @@ def share_out(
     elif probe is not None:
         raise OptionError("per_head names a file with what was measured: leave probe out.")
     else:
-        curves = load_curves(Path(per_head), pipe, method)
+        curves = load_curves(Path(str(per_head)), pipe, method)
     return per_head_method(method, curves, general["density"], schedule.layers)
 
 
