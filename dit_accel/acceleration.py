@@ -251,6 +251,10 @@ def _settle_budget(
 ) -> Settled | None:
     """Choose methods and their strengths, if a budget asks for more than a cache's strength."""
     given = {name for name, value in wish.items() if value is not None}
+    if "per_head" in given and given - {"per_head", "probe"}:
+        raise OptionError(
+            "per_head shares density= out, and a budget would choose it: leave one out."
+        )
     if not given or "per_head" in given:
         return None
     caches = [n for n in names if n != "auto" and _class_of(n).kind == "cache"]

@@ -18,7 +18,7 @@ from dit_accel.choosing.budget import USUAL_PSNR, Budget
 from dit_accel.choosing.choice import Choice, choose, kept_path, load, save
 from dit_accel.choosing.cost import CostModel, Workload
 from dit_accel.choosing.search import Search
-from dit_accel.choosing.settings import Line, Setting
+from dit_accel.choosing.settings import Line, Setting, attention_lines, cache_lines
 from dit_accel.choosing.times import AttentionTimes
 from dit_accel.choosing.trials import Prediction, Seen, Trials
 from dit_accel.errors import OptionError

@@ -17,6 +17,7 @@ from dit_accel.errors import DensityUnreachableError, OptionError
 from dit_accel.grid import Grid, TokenOrder
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.operators import Operator, choose_operator, make_operators
+from dit_accel.per_head.method import at_level
 from dit_accel.plan import AttentionPlan, DensePlan
 
 LEVELS = (0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
@@ -97,7 +98,7 @@ class _Seen:
     cost: dict[int, list[float]] = field(default_factory=dict)
     error: dict[int, Tensor] = field(default_factory=dict)
     calls: dict[int, int] = field(default_factory=dict)
-    methods: dict[float, AttentionMethod] = field(default_factory=dict)
+    methods: dict[Any, AttentionMethod] = field(default_factory=dict)
     plans: dict[Any, AttentionPlan] = field(default_factory=dict)
     operators: Mapping[str, Operator] = field(default_factory=make_operators)
 
@@ -143,14 +144,17 @@ class _Meter(AttentionMethod):
         seen = self.seen
         if seen.layout is None:
             seen.layout, seen.num_layers = call.layout, call.num_layers
-            seen.methods = _reached(self.base, call.layout)
-            seen.levels = tuple(seen.methods)
+            seen.levels = tuple(_reached(self.base, call.layout))
         if call.layout.grid != seen.layout.grid:
             raise OptionError("per_head: give probes of one size.")
         dense = dense_attention(*qkv, mask=None, scale=None, backend=None)
         size = dense.double().square().sum()
         costs, errors = [], []
-        for level, method in seen.methods.items():
+        for level in seen.levels:
+            where = level, call.layout
+            if where not in seen.methods:
+                seen.methods[where] = at_level(self.base, level, call.layout)
+            method = seen.methods[where]
             plan = self._plan(level, method, call, qkv, order)
             if isinstance(plan, DensePlan):
                 costs.append(1.0)
@@ -191,11 +195,10 @@ def _looked_at(call: AttentionCall) -> bool:
     return call.step in {int(share * call.num_steps) for share in _AT}
 
 
-def _reached(method: AttentionMethod, layout: TokenLayout) -> dict[float, AttentionMethod]:
-    found = {}
-    for level in LEVELS:
-        try:
-            found[level] = method.at_density(level, layout)
-        except DensityUnreachableError:
-            continue
-    return found
+def _reached(method: AttentionMethod, layout: TokenLayout) -> list[float]:
+    """Return the levels that a method reaches, and its least density among them."""
+    try:
+        method.at_density(LEVELS[0], layout)
+    except DensityUnreachableError as error:
+        return [error.least, *(level for level in LEVELS if level > error.least)]
+    return list(LEVELS)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from dit_accel.call import AttentionCall, TokenLayout
-from dit_accel.errors import OptionError
+from dit_accel.errors import DensityUnreachableError, OptionError
 from dit_accel.grid import Grid, TokenOrder
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.methods.selecting import SelectingMethod
@@ -25,6 +25,8 @@ from dit_accel.plan import (
     block_mask_from_states,
 )
 
+Base = TypeVar("Base", bound=AttentionMethod)
+
 
 @dataclass(frozen=True)
 class PerHead(AttentionMethod):
@@ -34,13 +36,15 @@ class PerHead(AttentionMethod):
     selecting method chooses by itself for the heads of each density. All blocks have one order.
 
     Attributes:
-        base: the method, at the mean density.
+        base: the method, as it was before it had a density.
+        density: the mean over all heads, at which a method sets what its heads have in common.
         densities: of every layer's heads, in (0, 1].
     """
 
     name: ClassVar[str] = "per_head"
 
     base: AttentionMethod
+    density: float
     densities: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
@@ -60,7 +64,7 @@ class PerHead(AttentionMethod):
         return self.base.softmax_gain
 
     def token_order(self, grid: Grid) -> TokenOrder:
-        """Return the method's own at the mean density; see `AttentionMethod.token_order`."""
+        """Return the method's own; see `AttentionMethod.token_order`."""
         return self.base.token_order(grid)
 
     def plan(
@@ -81,7 +85,8 @@ class PerHead(AttentionMethod):
             )
         row = self.densities[call.layer]
         if isinstance(self.base, SelectingMethod):
-            return self._selected(self.base, row, call.layout, (query, key, value), order)
+            at_mean = at_level(self.base, self.density, call.layout)
+            return self._selected(at_mean, row, call.layout, (query, key, value), order)
         where = row, call.layout, order, query.device
         if where not in self._plans:
             self._plans[where] = self._listed(row, call.layout, order, query.device)
@@ -130,7 +135,7 @@ class PerHead(AttentionMethod):
         """Yield each density of a layer, its heads, and the method at that density."""
         for density in sorted(set(row)):
             heads = [head for head, own in enumerate(row) if own == density]
-            yield density, heads, self.base.at_density(density, layout)
+            yield density, heads, at_level(self.base, density, layout)
 
     def _selected(
         self,
@@ -156,6 +161,17 @@ class PerHead(AttentionMethod):
             raise RuntimeError("a layer without heads")
         plan = base.joint_plan(qkv[1], selection, statistics, layout, order)
         return replace(plan, choosing_pairs=base.choosing_pairs(layout))
+
+
+def at_level(base: Base, density: float, layout: TokenLayout) -> Base:
+    """Return a method at a density, or at the least that it reaches on ``layout``.
+
+    A model's layers may see different tokens: one density is for all of them.
+    """
+    try:
+        return base.at_density(density, layout)
+    except DensityUnreachableError as error:
+        return base.at_density(error.least, layout)
 
 
 def check_base(base: AttentionMethod) -> None:

@@ -73,7 +73,7 @@ def per_head_method(
     dense_layers: frozenset[int] = frozenset(),
 ) -> PerHead:
     """Return ``method`` with densities of the least total error whose mean cost is ``density``."""
-    at_mean = method.at_density(density, curves.layout)
+    method.at_density(density, curves.layout)  # refuses what it can't reach
     places = [
         (layer, head)
         for layer, heads in enumerate(curves.error)
@@ -87,7 +87,7 @@ def per_head_method(
     table = [[1.0] * len(heads) for heads in curves.error]
     for (layer, head), level in zip(places, allocate(of_heads, density), strict=True):
         table[layer][head] = curves.levels[level]
-    return PerHead(at_mean, tuple(map(tuple, table)))
+    return PerHead(method, density, tuple(map(tuple, table)))
 
 
 def curves_of(

@@ -18,7 +18,9 @@ def random_curves(seed, heads=5, levels=4):
     generator = torch.Generator().manual_seed(seed)
     cost = torch.rand(heads, levels, generator=generator).cumsum(-1)
     error = torch.rand(heads, levels, generator=generator).flip(-1).cumsum(-1).flip(-1)
-    return [list(zip(c.tolist(), e.tolist(), strict=True)) for c, e in zip(cost, error, strict=True)]
+    return [
+        list(zip(c.tolist(), e.tolist(), strict=True)) for c, e in zip(cost, error, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(8))
