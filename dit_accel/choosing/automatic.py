@@ -23,7 +23,7 @@ from dit_accel.choosing.times import AttentionTimes
 from dit_accel.choosing.trials import Prediction, Seen, Trials
 from dit_accel.errors import OptionError
 from dit_accel.generation import Progress
-from dit_accel.presets import AUTO_ORDER
+from dit_accel.presets import AUTO_ORDER, DEFAULT
 from dit_accel.registry import list_methods, method_class
 
 Row = dict[str, Any]
@@ -134,7 +134,8 @@ def calibrate_auto(
         OptionError: see `settle`.
     """
     calls = _calls(pipe, probe)
-    general = {k: v for k, v in (general or {}).items() if k in _GENERAL and v is not None}
+    kept = {k: v for k, v in (general or {}).items() if k in _GENERAL}
+    general = {k: v for k, v in kept.items() if v not in (None, "auto")}
     times = AttentionTimes() if times is None else times
     told = Prediction(times)
     trials = Trials(pipe, calls, decode=budget.max_error is None, predict=told, progress=progress)
@@ -224,6 +225,8 @@ def lines_for(
         name: {k: list(v) if isinstance(v, tuple) else v for k, v in of.items()}
         for name, of in own.items()
     }
+    if layout.video_length < general.get("min_tokens", DEFAULT.min_tokens):
+        attention = []
     lines = attention_lines(layout, steps, attention) if attention else []
     return lines + (cache_lines(caches, jsonable) if caches else [])
 
