@@ -159,13 +159,15 @@ def share_within(psnr_db: Any, budget: float) -> float:
     return sum(one >= budget for one in psnr_db) / len(psnr_db)
 
 
-def singles(bench: ModelBench) -> Iterator[Setting]:
-    """Yield the grid of single methods: every second value of each, the middle ones first."""
-    lines = bench.lines()
-    for offset in (0, 2, 1, 3):
-        for line in lines:
-            for index in range(offset, len(line.values), 4):
-                yield line.at(index)
+def singles(bench: ModelBench, offset: int) -> Iterator[Setting]:
+    """Yield a quarter of the grid of single methods: every fourth value of each."""
+    trials = bench.trials("held_out")
+    for line in bench.lines():
+        told = trials.predict(line.at(-1))
+        if told is not None and told < WORTHWHILE:
+            continue  # its strongest value is not predicted to be faster than dense
+        for index in range(offset, len(line.values), 4):
+            yield line.at(index)
 
 
 def pairs(rows: list[Row], budget: float) -> list[Setting]:
@@ -210,10 +212,14 @@ def measure_model(model: str, args: argparse.Namespace) -> Row:
     todo = [(bench.choose, {"budget": budget}) for budget in args.budgets]
     if not all(run(*task) for task in todo) or args.no_grid:
         return results.content
-    if not all(run(bench.grid, {"grid": asdict(setting)}) for setting in singles(bench)):
-        return results.content
-    for budget in args.budgets:
-        for setting in pairs(results.rows, budget):
+    for stage in (0, 2, "pairs", 1, 3):
+        settings: list[Setting] = []
+        if isinstance(stage, int):
+            settings += singles(bench, stage)
+        else:
+            for budget in args.budgets:
+                settings += pairs(results.rows, budget)
+        for setting in settings:
             if not run(bench.grid, {"grid": asdict(setting)}):
                 return results.content
     return results.content

@@ -94,15 +94,14 @@ def accelerate_pipeline(
             ``torch.compile``; a mapping gives its keyword arguments. The first step takes longer.
         guard: reserved for the quality guard; must be None.
         min_psnr, max_error: budgets instead of knobs: the fastest setting with which nine prompts
-            in ten stay this near to dense, in dB of the frames or in relative L1 of the latents.
-            Settings of all attention methods and caches (with "auto"), or of those named, are tried
-            on ``probe`` before this returns; the report shows what was found.
-        target_speedup: likewise, the setting nearest to dense that makes the denoising loop so much
-            faster. With a cache by name and without min_psnr, this and max_error are about its
-            strength alone, and speed is counted in block calls.
-        probe: what to try settings on: keyword arguments of ``pipe(...)``, or a list of these. Take
-            the steps and the size that will be used, and some eight prompts, for prompts differ.
-            None: prompts that a bundled model knows.
+            in ten stay this near to dense, in dB of frames or relative L1 of latents. All methods
+            (with "auto"), or those named, are tried on ``probe`` before this returns.
+        target_speedup: likewise, the setting nearest to dense with which denoising is so much
+            faster. With a cache by name and no min_psnr, this and max_error choose its strength
+            alone, and speed is counted in block calls.
+        probe: what to try it on: keyword arguments of ``pipe(...)``, or a list of these, with the
+            steps and the size that will be used and some eight prompts. None: prompts that a
+            bundled model knows.
         calibration: a file of ``dit-accel calibrate --method auto``, in place of ``probe``. Refused
             if made with another model, GPU or version, or for another size or number of steps.
         per_head: True shares ``density`` out among layers and heads by what each loses, measured on
@@ -123,12 +122,9 @@ def accelerate_pipeline(
         raise OptionError("guard is not available in this version: leave it None.")
     general: dict[str, Any] = {"density": density, "backend": backend, "precision": precision}
     general |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "min_tokens": min_tokens}
-    wish: dict[str, Any] = {
-        "min_psnr": min_psnr,
-        "max_error": max_error,
-        "target_speedup": target_speedup,
-    }
-    wish |= {"probe": probe, "calibration": calibration, "per_head": per_head or None}
+    wish: dict[str, Any] = {"min_psnr": min_psnr, "max_error": max_error, "probe": probe}
+    wish |= {"target_speedup": target_speedup, "calibration": calibration}
+    wish["per_head"] = per_head or None
     _replace(pipe, _prepare(pipe, method, general, compile, wish, options))
     return pipe
 

@@ -27,6 +27,10 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the steps done and the steps in all."""
 
 
+BUDGETS = frozenset({"min_psnr", "max_error", "target_speedup", "calibration"})
+"""Options of `accelerate_pipeline` with which it tries settings, or takes what was tried."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """What to generate; None leaves a setting to the pipeline.
@@ -287,6 +291,8 @@ def generate_accelerated(
 
 def at_once(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options with which attention is sparse from the first step on."""
+    if BUDGETS & options.keys():
+        return dict(options)  # chosen by trying, which has compiled what is needed
     names = members(method)
     sparse = any(n == "auto" or method_class(str(n)).kind == "attention" for n in names)
     return {**options, **({"dense_steps": 0, "dense_layers": 0} if sparse else {})}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from dit_accel import __version__
 from dit_accel.caching.brought import brought_options
-from dit_accel.calibration import PipelineCall, bundled_calls
+from dit_accel.calibration import PipelineCall, bundled_calls, calls_for
 from dit_accel.calibration_file import circumstances
 from dit_accel.choosing.budget import USUAL_PSNR, Budget
 from dit_accel.choosing.choice import Choice, choose, kept_path, load, save
@@ -22,9 +22,11 @@ from dit_accel.choosing.settings import Line, Setting, attention_lines, cache_li
 from dit_accel.choosing.times import AttentionTimes
 from dit_accel.choosing.trials import Prediction, Seen, Trials
 from dit_accel.errors import OptionError
-from dit_accel.generation import Progress
+from dit_accel.generation import GenerationRequest, Progress
+from dit_accel.models import world_of
 from dit_accel.presets import AUTO_ORDER, DEFAULT
 from dit_accel.registry import list_methods, method_class
+from dit_accel.world.worlds import fixed_prompts
 
 Row = dict[str, Any]
 PROMPTS = 8
@@ -155,6 +157,20 @@ def calibrate_auto(
     refused = {**trials.refused, **search.idle}
     choice = choose(points, budget, refused, list(times.sources))
     return Made(choice, _about(pipe), seen.to_row())
+
+
+def probe_for(pipe: Any, request: GenerationRequest) -> list[PipelineCall]:
+    """Return calls to try settings on before a request: its size and steps, other noise.
+
+    The prompts are fixed ones of a bundled model; of another, the request's own from four seeds.
+    """
+    world = world_of(pipe)
+    if world is None:
+        seeds = range(request.seed + 1, request.seed + 5)
+        return calls_for(pipe, [replace(request, seed=seed) for seed in seeds])
+    texts = [entry["prompt"] for entry in fixed_prompts(world)[:: 64 // PROMPTS]]
+    tried = [replace(request, prompt=text, seed=seed) for seed, text in enumerate(texts, 1)]
+    return calls_for(pipe, tried, len(tried) if pipe.device.type == "cuda" else 1)
 
 
 def _check(

@@ -32,7 +32,6 @@ from dit_accel.session import arguments_by_name
 Row = dict[str, Any]
 MOST_DB = 100.0
 """Stands for an infinite PSNR, which JSON has no number for."""
-_AT_ONCE: dict[str, Any] = {"dense_steps": 0}
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,6 @@ class Trials:
         self._points: dict[str, Point] = {}
         self.seen: Seen | None = None
         self._dense: Generated | None = None
-        self._warm: set[tuple[str, ...]] = set()
         self._done = 0
 
     def recall(self, points: Sequence[Point], seen: Seen) -> None:
@@ -169,16 +167,13 @@ class Trials:
         return self._points.get(key)
 
     def _measure(self, setting: Setting) -> Point:
-        methods = list(setting.methods)
-        accelerate_pipeline(self.pipe, methods, **setting.options)  # refuses before a long run
-        restore_pipeline(self.pipe)
+        accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
+        if self._dense is None:  # only now: what can't be attached is refused before a long run
+            restore_pipeline(self.pipe)
+            self.dense  # noqa: B018
+            accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
         dense = self.dense
-        if setting.methods not in self._warm and self.pipe.device.type == "cuda":
-            sparse = {} if "density" not in setting.options else _AT_ONCE
-            accelerate_pipeline(self.pipe, methods, **{**setting.options, **sparse})
-            self._warm_up()
-            self._warm.add(setting.methods)
-        accelerate_pipeline(self.pipe, methods, **setting.options)
+        self._warm_up()
         made = self._generate()
         report = acceleration_report(self.pipe)
         skipped = report.blocks_skipped
@@ -194,7 +189,7 @@ class Trials:
         )
 
     def _warm_up(self) -> None:
-        """Run two steps, so that no time is spent on compiling kernels later."""
+        """Run two steps on a GPU, so that no time is spent on kernels and plans later."""
         if self.pipe.device.type == "cuda":
             self._run({**self.calls[0], "num_inference_steps": 2})
 

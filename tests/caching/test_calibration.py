@@ -290,7 +290,7 @@ def test_whole_numbers_stay_whole():
         ("easycache", {"target_speedup": 2, "probe": ["a ball"]}, "keyword arguments"),
         ("easycache", {"target_speedup": 2, "probe": []}, "at least one prompt"),
         ("easycache", {"target_speedup": 50}, "does not get there"),
-        ("gna", {"target_speedup": 2}, "there is no cache among"),
+        ("gna", {"target_speedup": 2}, "out of reach here|no setting could be tried"),
         ("pab", {"target_speedup": 2}, "give max_error"),
         ("teacache", {"target_speedup": 2}, "no TeaCache coefficients"),
         ("easycache", {"target_speedup": 2, "treshold": 1}, "no option 'treshold'"),
