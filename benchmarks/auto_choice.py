@@ -220,7 +220,8 @@ def measure_model(model: str, args: argparse.Namespace) -> Row:
             for budget in args.budgets:
                 settings += pairs(results.rows, budget)
         for setting in settings:
-            if not run(bench.grid, {"grid": asdict(setting)}):
+            # As it reads back from the file, so that a later run knows it.
+            if not run(bench.grid, {"grid": json.loads(json.dumps(asdict(setting)))}):
                 return results.content
     return results.content
 

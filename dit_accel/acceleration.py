@@ -253,9 +253,10 @@ def _settle_budget(
         )
     if not given or "per_head" in given:
         return None
-    caches = [n for n in names if n != "auto" and _class_of(n).kind == "cache"]
-    if caches and "auto" not in names and not given & {"min_psnr", "calibration"}:
-        return None
+    kinds = [_class_of(name).kind for name in names if name != "auto"]
+    one_cache = "cache" in kinds and "auto" not in names and len(set(kinds)) == len(kinds)
+    if one_cache and not given & {"min_psnr", "calibration"}:
+        return None  # about the strength of that cache alone
     from dit_accel.choosing.automatic import settle  # above this module, as calibration is
 
     with _set_aside(pipe):
