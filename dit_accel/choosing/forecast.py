@@ -62,10 +62,11 @@ class Forecast(Session):
 
     def enter(self, forward: Forward) -> None:
         """Note what runs; see `Session.enter`."""
-        latents = forward.kwargs["hidden_states"]
-        layout = self.runtime.family.read_inputs(forward.transformer, dict(forward.kwargs)).layouts
-        place = Place(layout[0], *self._shape, len(latents), latents.dtype, latents.device)
-        self._running = place, len(self.runtime.recorder.calls)
+        running, latents = self.runtime._running, forward.kwargs["hidden_states"]
+        if running is None or running.layouts[0] in self._settled:
+            return
+        shape = *self._shape, len(latents), latents.dtype, latents.device
+        self._running = Place(running.layouts[0], *shape), len(self.runtime.recorder.calls)
 
     def leave(self, output: Any) -> None:
         """After a dense forward, decide about the next ones."""
@@ -75,7 +76,7 @@ class Forecast(Session):
             return
         place, first = running
         calls = recorder.calls[first:]
-        if place.layout in self._settled or not calls:
+        if not calls:
             return
         if not all(call.reason for call in calls):
             self._settled.add(place.layout)
@@ -135,15 +136,20 @@ class Expected(Session):
     source: str
     grid: tuple[int, ...]
     steps: int
+    _checked: bool = False
 
     def attach(self, transformer: nn.Module) -> None:
         """Nothing is intercepted."""
 
     def begin(self) -> None:
-        """Nothing is kept."""
+        """Check this generation, too."""
+        self._checked = False
 
     def enter(self, forward: Forward) -> None:
-        """Check; see `Session.enter`."""
+        """Check the first forward; see `Session.enter`."""
+        if self._checked:
+            return
+        self._checked = True
         found = self.runtime.family.read_inputs(forward.transformer, dict(forward.kwargs))
         grid, steps = found.layouts[0].grid, forward.moment.num_steps
         if tuple(grid) != self.grid or steps not in (None, self.steps):
