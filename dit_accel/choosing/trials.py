@@ -173,7 +173,8 @@ class Trials:
             self.dense  # noqa: B018
             accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
         dense = self.dense
-        self._warm_up()
+        if self.pipe.device.type == "cuda":
+            self._warm_up()
         made = self._generate()
         report = acceleration_report(self.pipe)
         skipped = report.blocks_skipped
@@ -189,9 +190,8 @@ class Trials:
         )
 
     def _warm_up(self) -> None:
-        """Run two steps on a GPU, so that no time is spent on kernels and plans later."""
-        if self.pipe.device.type == "cuda":
-            self._run({**self.calls[0], "num_inference_steps": 2})
+        """Run two steps, so that no time is spent on kernels, plans and first allocations later."""
+        self._run({**self.calls[0], "num_inference_steps": 2})
 
     def _generate(self) -> Generated:
         made = Generated([], [], 0.0)
