@@ -7,21 +7,20 @@ what the tokens are. Everything is undone in reverse by `restore_pipeline`.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dit_accel import compat
+from dit_accel.backend_function import attach_layer, backend_function
 from dit_accel.caching.brought import brought_options
+from dit_accel.choosing.forecast import watch
 from dit_accel.composition import MethodChoice, check_general, compose, members
-from dit_accel.errors import (
-    ContextParallelError,
-    OptionError,
-    UnknownPipelineError,
-)
+from dit_accel.errors import OptionError, UnknownPipelineError
 from dit_accel.guard.engine import make_guard
 from dit_accel.guard.options import GuardChoice, settle_guard
 from dit_accel.kinds import Method
@@ -45,9 +44,10 @@ from dit_accel.session import (
 
 if TYPE_CHECKING:
     from dit_accel.calibration import Calibration
+    from dit_accel.choosing.automatic import Settled
+    from dit_accel.choosing.choice import Choice
 
 _ATTRIBUTE = "_dit_accel"
-_UNSET = object()
 
 
 def accelerate_pipeline(
@@ -62,9 +62,12 @@ def accelerate_pipeline(
     precision: str | None = None,
     compile: bool | Mapping[str, Any] = False,
     guard: GuardChoice = None,
-    target_speedup: float | None = None,
+    min_psnr: float | None = None,
     max_error: float | None = None,
+    target_speedup: float | None = None,
     probe: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    calibration: str | Path | None = None,
+    per_head: bool | str | Path = False,
     **options: Any,
 ) -> Any:
     """Attach an attention method, a cache, a guidance, a resolution method. For inference.
@@ -74,8 +77,9 @@ def accelerate_pipeline(
     Args:
         pipe: a pipeline of a known family (see `list_families`).
         method: name or config object of a method, or a list of them, at most one of each kind
-            (`list_methods` tells them by kind). "auto" takes the attention method published for
-            this family, if there is one. Without an attention method, attention is not touched.
+            (`list_methods` tells them by kind). "auto" chooses: by a budget if there is one, else
+            a careful published setting; where that is not predicted to be 1.05x faster at the size
+            at hand, attention stays dense. Without an attention method, attention is not touched.
         density: share of (query, key) pairs to keep, in (0, 1]; the method's options are set so
             that the share that is computed does not exceed it. None leaves them as they are.
         dense_steps: denoising steps that stay dense: a number (int) or share (float) of first
@@ -91,13 +95,20 @@ def accelerate_pipeline(
         compile: whether to compile the transformer's repeated blocks, one by one, with
             ``torch.compile``; a mapping gives its keyword arguments. The first step takes longer.
         guard: compare sparse attention with dense in a few rows, and compute densely what is too
-            wrong: True or "on", False or "off", or a `QualityGuard` (or a dict of its options).
-            None: on.
-        target_speedup, max_error: how strong the cache is to be: skip so much, counted in block
-            calls, or all that keeps the latents this near to dense (relative L1). Tried out on
-            ``probe`` before this returns; the report shows the curve.
-        probe: what to try it on: keyword arguments of ``pipe(...)``, or a list of these. Take the
-            steps and the size that will be used. None: two prompts that a bundled model knows.
+            wrong: True or "on", also None; False or "off"; a `QualityGuard` or its options.
+        min_psnr, max_error: budgets instead of knobs: the fastest setting with which nine prompts
+            in ten stay this near to dense, in dB of frames or relative L1 of latents. All methods
+            (with "auto"), or those named, are tried on ``probe`` before this returns.
+        target_speedup: likewise, the setting nearest to dense with which denoising is so much
+            faster. With a cache by name and no min_psnr, this and max_error choose its strength
+            alone, and speed is counted in block calls.
+        probe: what to try it on: keyword arguments of ``pipe(...)``, or a list of these, with the
+            steps and the size that will be used and some eight prompts. None: prompts that a
+            bundled model knows.
+        calibration: a file of ``dit-accel calibrate --method auto``, in place of ``probe``. Refused
+            if made with another model, GPU or version, or for another size or number of steps.
+        per_head: True shares ``density`` out among layers and heads by what each loses, measured on
+            ``probe``; or the file of such densities (see `dit_accel.per_head`).
         options: options of the methods given by name, e.g. ``decay=0.5``; a dict under a method's
             name goes to that method alone, e.g. ``radial={"decay": 0.5}``.
 
@@ -113,7 +124,9 @@ def accelerate_pipeline(
     settle_guard(guard)  # refuses what is impossible before anything takes time
     general: dict[str, Any] = {"density": density, "backend": backend, "precision": precision}
     general |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "min_tokens": min_tokens}
-    wish = {"target_speedup": target_speedup, "max_error": max_error, "probe": probe}
+    wish: dict[str, Any] = {"min_psnr": min_psnr, "max_error": max_error, "probe": probe}
+    wish |= {"target_speedup": target_speedup, "calibration": calibration}
+    wish["per_head"] = per_head or None
     acceleration = _prepare(pipe, method, general, compile, wish, options)
     acceleration.runtime.guard = make_guard(guard, acceleration.runtime.attends)
     _replace(pipe, acceleration)
@@ -148,7 +161,7 @@ def family_of(pipe: Any) -> PipelineFamily:
     """
     names: set[str] = set()
     for component in ("transformer", "transformer_2"):
-        transformer = _unwrap(getattr(pipe, component, None))
+        transformer = unwrapped(getattr(pipe, component, None))
         names |= {cls.__name__ for cls in type(transformer).__mro__}
     for name in list_families():
         cls = family_class(name)
@@ -173,7 +186,12 @@ def _prepare(
     """Check and settle everything that `accelerate_pipeline` was given; nothing is attached yet."""
     family = family_of(pipe)
     variants = family.variants(pipe)
-    chosen, notes = _settle_auto(members(method), variants)
+    names = members(method)
+    settled = _settle_budget(pipe, names, general, wish, options)
+    if settled is not None:
+        names, general, options = settled.applied_to(general)
+    binding = settled is None and "auto" in names
+    chosen, general, notes = _settle_auto(names, general, variants)
 
     def defaults(name: str) -> dict[str, Any]:
         return {**preset_for(*variants, method=name).options, **brought_options(pipe, name)}
@@ -193,27 +211,77 @@ def _prepare(
         )
     )
     source, compiled = _source(chosen, variants), compat.compile_options(compiling)
-    calibration = _calibrate(pipe, chosen, wish, {**general, **options})
+    calibration = None if settled else _calibrate(pipe, chosen, wish, {**general, **options})
     if calibration is not None:
         methods = compose(chosen, {**options, calibration.method: calibration.options}, defaults)
+    if wish["per_head"] is not None:
+        methods, general = _share_out(pipe, methods, general, schedule, wish)
+        attention = methods["attention"]  # type: ignore[assignment]
     how = (general["backend"], general["density"], general["precision"])
     runtime = Runtime(pipe, family, attention, schedule, *how)
     runtime.recorder.notes += notes
     runtime.sessions = _start_sessions(pipe, runtime, methods.values())
-    return Acceleration(pipe, runtime, tuple(methods.values()), source, compiled, calibration)
+    watch(runtime, methods, binding=binding, settled=settled)
+    choice = None if settled is None else settled.choice
+    return Acceleration(
+        pipe, runtime, tuple(methods.values()), source, compiled, calibration, choice
+    )
 
 
 def _calibrate(
     pipe: Any, chosen: list[str | Method], wish: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Calibration | None:
     """Choose the strength of the cache among the methods, if that was asked for."""
-    if all(value is None for value in wish.values()):
+    mine = {name: wish[name] for name in ("target_speedup", "max_error", "probe")}
+    if wish["per_head"] is not None or all(value is None for value in mine.values()):
         return None
     # It accelerates the pipeline to try strengths out, so it lies above this module.
     from dit_accel.calibration import calibrate_for
 
     with _set_aside(pipe):
-        return calibrate_for(pipe, chosen, options=options, **wish)
+        return calibrate_for(pipe, chosen, options=options, **mine)
+
+
+def _settle_budget(
+    pipe: Any,
+    names: Sequence[str | Method],
+    general: Mapping[str, Any],
+    wish: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Settled | None:
+    """Choose methods and their strengths, if a budget asks for more than a cache's strength."""
+    given = {name for name, value in wish.items() if value is not None}
+    if "per_head" in given and given - {"per_head", "probe"}:
+        raise OptionError(
+            "per_head shares density= out, and a budget would choose it: leave one out."
+        )
+    if not given or "per_head" in given:
+        return None
+    kinds = [_class_of(name).kind for name in names if name != "auto"]
+    one_cache = "cache" in kinds and "auto" not in names and len(set(kinds)) == len(kinds)
+    if one_cache and not given & {"min_psnr", "calibration"}:
+        return None  # about the strength of that cache alone
+    from dit_accel.choosing.automatic import settle  # above this module, as calibration is
+
+    with _set_aside(pipe):
+        return settle(pipe, names, wish, general=general, options=options)
+
+
+def _share_out(
+    pipe: Any,
+    methods: Mapping[str, Method],
+    general: Mapping[str, Any],
+    schedule: Schedule,
+    wish: Mapping[str, Any],
+) -> tuple[dict[str, Method], dict[str, Any]]:
+    """Give every layer and head of the attention method a density of its own."""
+    from dit_accel.per_head.sharing import share_out  # above this module, as calibration is
+
+    with _set_aside(pipe):
+        shared = share_out(
+            pipe, methods, general, schedule, per_head=wish["per_head"], probe=wish["probe"]
+        )
+    return {**methods, "attention": shared}, {**general, "density": None}
 
 
 class Acceleration:
@@ -227,9 +295,11 @@ class Acceleration:
         preset: str,
         compiling: dict[str, Any] | None,
         calibration: Calibration | None = None,
+        choice: Choice | None = None,
     ) -> None:
         self.pipe, self.runtime, self.methods = pipe, runtime, methods
         self.preset, self.compiling, self.calibration = preset, compiling, calibration
+        self.choice = choice
         self._name = compat.OWN_BACKENDS + uuid.uuid4().hex[:12]
         self._undo: list[Undo] = []
 
@@ -237,14 +307,14 @@ class Acceleration:
         """Install the backend and the hooks; on failure leave the pipeline as it was."""
         try:
             if self.runtime.attends:
-                function, forget = _compilable(self._name, self.runtime)
+                function, forget = backend_function(self._name, self.runtime)
                 self._undo.append(forget)
                 self._undo.append(compat.add_attention_backend(self._name, function))
             for component in self.runtime.family.components:
                 found = getattr(self.pipe, component, None)
                 if found is not None:
                     self._compile(found)
-                    self._attach_transformer(_unwrap(found))
+                    self._attach_transformer(unwrapped(found))
             for session in self.runtime.sessions:
                 if isinstance(session, ResolutionSession):
                     self._undo.append(intercept_pipeline(self.pipe, session.generate))
@@ -288,6 +358,7 @@ class Acceleration:
             perturbed=tuple(recorder.perturbed),
             calibration=self.calibration,
             guard=None if runtime.guard is None else runtime.guard.report(),
+            choice=self.choice,
         )
 
     def _compile(self, transformer: nn.Module) -> None:
@@ -304,7 +375,7 @@ class Acceleration:
             self._undo += runtime.family.install_processors(transformer)
             member = compat.backend_member(self._name)
             for index, layer in enumerate(layers):
-                self._undo.append(_attach_layer(layer, index, member, runtime))
+                self._undo.append(attach_layer(layer, index, member, runtime))
         self._undo.append(runtime.tracker.watch(transformer))
         self._undo.append(runtime.seam.restore)
         for session in runtime.sessions:
@@ -336,89 +407,6 @@ def _blocks_of(layers: list[Any], blocks: list[nn.Module]) -> tuple[int | None, 
     """Return the index of the block that each attention layer is part of."""
     owner = {id(module): index for index, block in enumerate(blocks) for module in block.modules()}
     return tuple(owner.get(id(layer)) for layer in layers)
-
-
-def _attach_layer(layer: Any, index: int, member: Any, runtime: Runtime) -> Undo:
-    """Route one attention layer to the backend ``member``."""
-    processor = layer.processor
-    before = processor.__dict__.get("_attention_backend", _UNSET)
-    if str(getattr(before, "value", "")).startswith(compat.OWN_BACKENDS):
-        raise OptionError(
-            "another pipeline that shares this transformer is accelerated: restore_pipeline it "
-            "first, or use that pipeline."
-        )
-    if before is not _UNSET:
-        runtime.dense_backend = before
-    processor._attention_backend = member
-    layer.__dict__["_dit_accel_layer"] = torch.tensor(index)
-
-    def publish(module: Any, _args: Any) -> None:
-        runtime.layer = module._dit_accel_layer
-
-    handle = layer.register_forward_pre_hook(publish)
-
-    def undo() -> None:
-        handle.remove()
-        layer.__dict__.pop("_dit_accel_layer", None)
-        if processor.__dict__.get("_attention_backend") is not member:
-            return  # the user has chosen another backend since; it stays
-        if before is _UNSET:
-            del processor._attention_backend
-        else:
-            processor._attention_backend = before
-
-    return undo
-
-
-def _compilable(name: str, runtime: Runtime) -> tuple[Callable[..., Tensor], Undo]:
-    """Return the diffusers backend function of ``runtime``, and how to unregister its operator.
-
-    Under ``torch.compile`` the whole attention call is one custom operator, so blocks compile to
-    one graph without breaks whatever Python decides inside.
-    """
-    library = torch.library.Library("dit_accel", "FRAGMENT")
-    library.define(
-        f"{name}(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, "
-        "Tensor? layer) -> Tensor"
-    )
-    qualified = f"dit_accel::{name}"
-    library.impl(
-        name, lambda *args: runtime.attend(*args).contiguous(), "CompositeExplicitAutograd"
-    )
-    torch.library.register_fake(
-        qualified, lambda query, *_: query.new_empty(query.shape), lib=library
-    )
-    operator = getattr(torch.ops.dit_accel, name)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: Any) -> Tensor:
-        run = operator if torch.compiler.is_compiling() else runtime.attend
-        return run(query, key, value, mask, scale, runtime.layer)
-
-    def backend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        scale: float | None = None,
-        _parallel_config: Any = None,
-    ) -> Tensor:
-        if _parallel_config is None:
-            return attend(query, key, value, attn_mask, scale)
-        if compat.ring_degree(_parallel_config) > 1:
-            raise ContextParallelError(
-                "ring attention hands out keys in pieces, which a sparse pattern can't use: "
-                "choose ContextParallelConfig(ulysses_degree=...)."
-            )
-        return compat.ulysses_attention(
-            query,
-            key,
-            value,
-            scale=scale,
-            parallel_config=_parallel_config,
-            forward=lambda q, k, v: attend(q, k, v, attn_mask, scale),
-        )
-
-    return backend, library._destroy
 
 
 def _start_sessions(pipe: Any, runtime: Runtime, methods: Iterable[Method]) -> tuple[Session, ...]:
@@ -460,14 +448,20 @@ def _set_aside(pipe: Any) -> Iterator[None]:
 
 
 def _settle_auto(
-    chosen: list[str | Method], variants: tuple[str, ...]
-) -> tuple[list[str | Method], list[str]]:
-    """Return the choice with "auto" replaced by a name, and notes on why that one."""
+    chosen: list[str | Method], general: Mapping[str, Any], variants: tuple[str, ...]
+) -> tuple[list[str | Method], dict[str, Any], list[str]]:
+    """Return the choice with "auto" replaced by a name, general options, and why that one."""
     if "auto" not in chosen:
-        return chosen, []
-    name, why = auto_method(*variants)
+        return chosen, dict(general), []
+    name, careful, why = auto_method(*variants)
     note = f"method='auto' took {name!r}: {why}"
-    return [name if member == "auto" else member for member in chosen], [note]
+    given = {option: value for option, value in general.items() if value is not None}
+    names = [name if member == "auto" else member for member in chosen]
+    return names, {**general, **careful, **given}, [note]
+
+
+def _class_of(member: str | Method) -> type[Method]:
+    return method_class(member) if isinstance(member, str) else type(member)
 
 
 def _source(chosen: Sequence[str | Method], variants: tuple[str, ...]) -> str:
@@ -492,6 +486,6 @@ def _check_exact(method: AttentionMethod | None, precision: str | None) -> None:
         )
 
 
-def _unwrap(transformer: Any) -> Any:
+def unwrapped(transformer: Any) -> Any:
     """Return the module inside a ``torch.compile`` wrapper."""
     return getattr(transformer, "_orig_mod", transformer)

@@ -198,7 +198,7 @@ def calibrate_for(
             f"{cache.strength}= and a goal both say how strong {cache.name} is: leave one out."
         )
     if probe is None:
-        calls: Sequence[PipelineCall] = _bundled_calls(pipe)
+        calls: Sequence[PipelineCall] = bundled_calls(pipe)
     else:
         calls = [probe] if isinstance(probe, Mapping) else list(probe)
     if not all(isinstance(call, Mapping) for call in calls):
@@ -208,8 +208,12 @@ def calibrate_for(
     )
 
 
-def _bundled_calls(pipe: Any) -> list[PipelineCall]:
-    """Return two of the fixed prompts of a bundled model, with its settings."""
+def bundled_calls(pipe: Any, which: Sequence[int] = (0, 32)) -> list[PipelineCall]:
+    """Return a call with some of the fixed prompts of a bundled model, with its settings.
+
+    Raises:
+        OptionError: if it is no bundled model.
+    """
     world = world_of(pipe)
     if world is None:
         raise OptionError(
@@ -221,9 +225,9 @@ def _bundled_calls(pipe: Any) -> list[PipelineCall]:
         del settings[name]
     entries = fixed_prompts(world)
     requests = [
-        GenerationRequest(prompt=entries[at]["prompt"], seed=at, **settings) for at in (0, 32)
+        GenerationRequest(prompt=entries[at]["prompt"], seed=at, **settings) for at in which
     ]
-    return calls_for(pipe, requests, batch=2)
+    return calls_for(pipe, requests, batch=len(requests))
 
 
 class CacheProbe:
@@ -377,7 +381,7 @@ def run_latents(pipe: Any, call: PipelineCall) -> Tensor:
 
     A ``generator`` of the call is a list of seeds, one for each sample; left out, it is seed 0.
     """
-    generator = _generators(call.get("generator", 0))
+    generator = generators(call.get("generator", 0))
     configured = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**configured | {"disable": True})
     try:
@@ -388,7 +392,12 @@ def run_latents(pipe: Any, call: PipelineCall) -> Tensor:
     return latents
 
 
-def _generators(seeds: Any) -> torch.Generator | list[torch.Generator]:
+def generators(seeds: Any) -> torch.Generator | list[torch.Generator]:
+    """Return the generator of a seed, or those of a list of seeds.
+
+    Raises:
+        OptionError: if it is neither.
+    """
     if isinstance(seeds, int):
         return torch.Generator().manual_seed(seeds)
     if not isinstance(seeds, Sequence) or not all(isinstance(seed, int) for seed in seeds):

@@ -27,6 +27,10 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the steps done and the steps in all."""
 
 
+BUDGETS = frozenset({"min_psnr", "max_error", "target_speedup", "calibration"})
+"""Options of `accelerate_pipeline` with which it tries settings, or takes what was tried."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """What to generate; None leaves a setting to the pipeline.
@@ -226,11 +230,11 @@ def _run_batch(
     stage: str,
     progress: Progress | None,
     output_type: str,
-) -> tuple[Any, _Stopwatch]:
+) -> tuple[Any, Stopwatch]:
     arguments = pipeline_arguments(pipe, requests[0])
     arguments["prompt"] = [request.prompt for request in requests]
     noise = [torch.Generator().manual_seed(request.seed) for request in requests]
-    return _call(pipe, arguments, noise, stage, progress, output_type)
+    return timed_call(pipe, arguments, noise, stage, progress, output_type)
 
 
 def _generate(
@@ -287,6 +291,8 @@ def generate_accelerated(
 
 def at_once(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options with which attention is sparse from the first step on."""
+    if BUDGETS & options.keys():
+        return dict(options)  # chosen by trying, which has compiled what is needed
     names = members(method)
     sparse = any(n == "auto" or method_class(str(n)).kind == "attention" for n in names)
     return {**options, **({"dense_steps": 0, "dense_layers": 0} if sparse else {})}
@@ -298,21 +304,22 @@ def _run(
     stage: str,
     progress: Progress | None,
     output_type: str = "pt",
-) -> tuple[Any, _Stopwatch]:
+) -> tuple[Any, Stopwatch]:
     noise = torch.Generator().manual_seed(request.seed)
-    return _call(pipe, pipeline_arguments(pipe, request), noise, stage, progress, output_type)
+    return timed_call(pipe, pipeline_arguments(pipe, request), noise, stage, progress, output_type)
 
 
-def _call(
+def timed_call(
     pipe: Any,
     arguments: Mapping[str, Any],
     noise: torch.Generator | list[torch.Generator],
-    stage: str,
-    progress: Progress | None,
-    output_type: str,
-) -> tuple[Any, _Stopwatch]:
+    stage: str = "",
+    progress: Progress | None = None,
+    output_type: str = "pt",
+) -> tuple[Any, Stopwatch]:
+    """Return the output of ``pipe(**arguments)``, and what its run took and ended with."""
     pipe.set_progress_bar_config(disable=True)
-    with _Stopwatch(pipe, stage, progress) as stopwatch:
+    with Stopwatch(pipe, stage, progress) as stopwatch:
         output = pipe(
             **arguments,
             generator=noise,
@@ -331,7 +338,7 @@ def _warm_up_output(pipe: Any) -> str:
     return "latent" if pipe.device.type == "cpu" else "pt"
 
 
-class _Stopwatch:
+class Stopwatch:
     """Times one pipeline call, and its denoising loop from the first transformer call on."""
 
     def __init__(self, pipe: Any, stage: str, progress: Progress | None) -> None:
@@ -342,7 +349,7 @@ class _Stopwatch:
         self._pipe = pipe
         self._first_call: float | None = None
 
-    def __enter__(self) -> _Stopwatch:
+    def __enter__(self) -> Stopwatch:
         transformers = (
             getattr(self._pipe, name, None) for name in ("transformer", "transformer_2")
         )
@@ -366,6 +373,7 @@ class _Stopwatch:
     def step_end(
         self, pipe: Any, step: int, _timestep: Any, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
+        """Note the time and the latents; a pipeline's ``callback_on_step_end``."""
         if self._first_call is not None:
             self.denoise_s = _now() - self._first_call
         self.steps, self.latents = step + 1, kwargs.get("latents")

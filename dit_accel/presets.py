@@ -182,17 +182,40 @@ PRESETS: Mapping[tuple[str, str], Preset] = MappingProxyType(
 )
 
 
-AUTO_ORDER = ("radial", "gna")
-"""Methods that ``method="auto"`` may take, the one with the best published quality first."""
+AUTO_ORDER = (
+    "pisa", "psa", "gna", "rectified", "radial", "sliding_window", "easycache", "seacache",
+    "dual_block_cache", "first_block_cache", "teacache", "magcache",
+)  # fmt: skip
+"""What ``method="auto"`` tries first: what stayed nearest to dense on the bundled models at equal
+density (`benchmarks/results/fidelity-*.json`) or block calls (`caching-*.json`)."""
+
+CAREFUL = {"density": 0.25, "dense_steps": 0.25}
+"""What ``method="auto"`` takes at least, where nothing was tried: denser than what is published."""
 
 
-def auto_method(*variants: str) -> tuple[str, str]:
-    """Return the method that has a published setting for one of these variants, and why."""
+def auto_method(*variants: str) -> tuple[str, dict[str, Any], str]:
+    """Return the method to take where nothing was tried, `accelerate_pipeline`'s options, and why.
+
+    It is the first of `AUTO_ORDER` with a published setting for one of these variants, at no less
+    than `CAREFUL`.
+    """
     for method in AUTO_ORDER:
         preset = preset_for(*variants, method=method)
-        if preset is not DEFAULT:
-            return method, f"it has a published setting here ({preset.source})"
-    return "dense", f"no method has a published setting for {variants[0]!r}; name one to use it"
+        if preset is DEFAULT or "density" not in preset.options:
+            continue
+        steps = preset.dense_steps
+        first, last = steps if isinstance(steps, tuple) else (steps, 0.0)
+        general = {
+            "density": max(CAREFUL["density"], preset.options["density"]),
+            "dense_steps": (max(CAREFUL["dense_steps"], first), last),
+        }
+        why = (
+            f"nearest to dense of all at equal density on the bundled models, and published here "
+            f"({preset.source}); taken at density {general['density']:g} with at least a quarter "
+            "of the steps dense, for nothing was tried. probe=... with min_psnr= tries and chooses"
+        )
+        return method, general, why
+    return "dense", {}, f"no method has a published setting for {variants[0]!r}; name one to use it"
 
 
 def preset_for(*variants: str, method: str) -> Preset:

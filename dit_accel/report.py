@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dit_accel.calibration import Calibration
+    from dit_accel.choosing.choice import Choice
     from dit_accel.guard.records import GuardReport
 
 
@@ -153,6 +154,7 @@ class AccelerationReport:
             one did not run where the conditional pass's were shared.
         calibration: how the cache's strength was chosen, if it was.
         guard: what the quality guard found and did; None if it was off.
+        choice: what was measured and chosen for a budget, if there was one.
     """
 
     methods: tuple[Method, ...]
@@ -168,6 +170,7 @@ class AccelerationReport:
     perturbed: tuple[StepRecord, ...] = ()
     calibration: Calibration | None = None
     guard: GuardReport | None = None
+    choice: Choice | None = None
 
     @property
     def method(self) -> str:
@@ -253,6 +256,7 @@ class AccelerationReport:
             ],
             "cache": self._cache_dict() if self.steps else None,
             "calibration": self.calibration.to_dict() if self.calibration else None,
+            "choice": self.choice.to_dict() if self.choice else None,
             "guidance": self._guidance_dict() if self.perturbed else None,
             "guard": self.guard.to_dict() if self.guard else None,
             "policy": {
@@ -388,6 +392,7 @@ class AccelerationReport:
         tuning = self.settings.get("tuning", {}).items()
         tiles = [f"tile shapes of {name}: {source}" for name, source in tuning]
         curve = self.calibration.lines() if self.calibration else []
+        curve += self.choice.lines() if self.choice else []
         return rejected + tiles + curve + self._guidance_remarks() + list(self.notes)
 
     def _guidance_remarks(self) -> list[str]:

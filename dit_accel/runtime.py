@@ -253,7 +253,8 @@ class Runtime:
             method, density = self.method, self.density
             if method is None:
                 raise RuntimeError("asked for an attention method where none is attached")
-            if density is not None and density < 1:
+            short = layout.video_length < self.schedule.min_tokens  # dense, however few blocks
+            if density is not None and density < 1 and not short:
                 method = method.at_density(density, layout)
             self._methods[layout] = method
         return self._methods[layout]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from dit_accel.call import AttentionCall
 from dit_accel.errors import OptionError
@@ -23,12 +23,14 @@ class Schedule:
         last_steps: likewise at the end.
         layers: indices of layers that are always dense.
         min_tokens: sequences with fewer video tokens stay dense.
+        worth: says why a call had better be dense, if there is more to say.
     """
 
     first_steps: Steps = 0
     last_steps: Steps = 0
     layers: frozenset[int] = frozenset()
     min_tokens: int = 0
+    worth: Callable[[AttentionCall], str | None] | None = field(default=None, compare=False)
 
     @classmethod
     def make(
@@ -71,6 +73,8 @@ class Schedule:
         """Return why every layer of this call's step is dense, or None."""
         if call.layout.video_length < self.min_tokens:
             return f"{call.layout.video_length} video tokens, fewer than min_tokens"
+        if self.worth is not None and (reason := self.worth(call)) is not None:
+            return reason
         if call.step is None or call.num_steps is None:
             return None
         if call.step < count_steps(self.first_steps, call.num_steps):

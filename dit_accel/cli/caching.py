@@ -33,6 +33,25 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto picks on
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: float32 on a CPU.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="A .json.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+CacheOrAuto = Annotated[
+    str | None,
+    typer.Option(help="A cache whose strength to choose, or auto; see `methods`."),
+]
+TargetSpeedup = Annotated[
+    float | None,
+    typer.Option(help="Skip this much, counted in block calls; with auto, in time."),
+]
+MinPsnr = Annotated[float | None, typer.Option(help="With auto: stay so near to dense, in dB.")]
+MaxError = Annotated[
+    float | None, typer.Option(help="Skip all that keeps the latents this near to dense.")
+]
+Fit = Annotated[
+    bool, typer.Option("--fit", help="Fit TeaCache's coefficients and MagCache's ratios.")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An option of the cache. Repeatable.", metavar="NAME=VALUE"),
+]
 
 
 def profile(
@@ -94,22 +113,12 @@ def profile(
 
 def calibrate(
     output: Output,
-    method: Annotated[
-        str | None, typer.Option(help="A cache whose strength to choose; see `methods`.")
-    ] = None,
-    target_speedup: Annotated[
-        float | None, typer.Option(help="Skip this much, counted in block calls.")
-    ] = None,
-    max_error: Annotated[
-        float | None, typer.Option(help="Skip all that keeps the latents this near to dense.")
-    ] = None,
-    fit: Annotated[
-        bool, typer.Option("--fit", help="Fit TeaCache's coefficients and MagCache's ratios.")
-    ] = False,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="An option of the cache. Repeatable.", metavar="NAME=VALUE"),
-    ] = None,
+    method: CacheOrAuto = None,
+    target_speedup: TargetSpeedup = None,
+    min_psnr: MinPsnr = None,
+    max_error: MaxError = None,
+    fit: Fit = False,
+    options: Options = None,
     model: Model = "tiny-wan",
     prompts: Prompts = None,
     limit: Limit = 4,
@@ -125,6 +134,9 @@ def calibrate(
 ) -> None:
     """Choose a cache's strength on this model by a short probe, and fit what caches need.
 
+    --method auto tries attention methods, caches and pairs of them instead; from OUTPUT
+    `generate --calibration` and `accelerate_pipeline(calibration=...)` serve any budget.
+
     OUTPUT holds options by method; those of other methods stay when it is replaced. Named
     caching.json in the model's folder, it is found there by itself.
     """
@@ -136,13 +148,16 @@ def calibrate(
     from dit_accel.models import load_pipeline
 
     quieten_libraries()
-    if method is None and not fit:
-        raise OptionError("nothing to do: give --method with a goal, or --fit, or both.")
+    _check_goals(method, fit, options, min_psnr)
     own = parse_options(method, options or [], general=()) if method else {}
     _check_output(output)
     check_outputs([output], force=force)
     requests = _requests(model, prompts, limit, steps, frames, height, width, guidance)
     place, precision = pick_device(device), pick_dtype(dtype)
+    if method == "auto":
+        budget = {"min_psnr": min_psnr, "max_error": max_error, "target_speedup": target_speedup}
+        _choose(output, model, requests, (place, precision), budget, as_json)
+        return
     found: Calibration | None = None
     with plain_warnings(), progress_bars() as progress:
         pipe = load_pipeline(model, device=place, dtype=precision)
@@ -171,6 +186,49 @@ def calibrate(
         print_json(result)
         return
     _finish(_curve(found) if found else None, output)
+
+
+def _check_goals(
+    method: str | None, fit: bool, options: list[str] | None, min_psnr: float | None
+) -> None:
+    if method == "auto":
+        if fit or options:
+            raise OptionError("--method auto takes neither --fit nor --set: give --fit alone.")
+    elif min_psnr is not None:
+        raise OptionError("--min-psnr goes with --method auto.")
+    if method is None and not fit:
+        raise OptionError("nothing to do: give --method with a goal, or --fit, or both.")
+
+
+def _choose(
+    output: Path,
+    model: str,
+    requests: list[GenerationRequest],
+    where: tuple[str, Any],
+    budget: dict[str, float | None],
+    as_json: bool,
+) -> None:
+    """Try settings for a budget, and write what was measured."""
+    from dit_accel.calibration import calls_for
+    from dit_accel.choosing.automatic import calibrate_auto
+    from dit_accel.choosing.budget import USUAL_PSNR, Budget
+    from dit_accel.models import load_pipeline
+
+    asked = Budget(**budget) if any(budget.values()) else Budget(min_psnr=USUAL_PSNR)
+    with plain_warnings(), progress_bars() as progress:
+        pipe = load_pipeline(model, device=where[0], dtype=where[1])
+        made = calibrate_auto(pipe, asked, calls_for(pipe, requests), progress=progress)
+    made.save(output)
+    if as_json:
+        print_json(made.choice.to_dict())
+        return
+    table = Table("setting", "speed-up", "nine prompts in ten", "error", "", title=made.choice.why)
+    for point in made.choice.frontier:
+        psnr = "" if point.low_psnr is None else f"{point.low_psnr:.1f} dB"
+        mark = "chosen" if point == made.choice.chosen else ""
+        speedup, error = f"{point.speedup:.2f}x", f"{point.mean_error:.4f}"
+        table.add_row(str(point.setting), speedup, psnr, error, mark)
+    _finish(table, output)
 
 
 def _curve(found: Calibration) -> Table:

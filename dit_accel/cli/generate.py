@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 Methods = Annotated[
     list[str] | None,
     typer.Option(
-        help="See `dit-accel methods`; several of different kinds as a,b. [default: radial]",
+        help="See `dit-accel methods`; several of different kinds as a,b. [default: radial, or "
+        "auto with a budget]",
         show_default=False,
     ),
 ]
-Settings = Annotated[
+Options = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option, e.g. density=0.3. Repeatable.", metavar="NAME=VALUE"),
 ]
@@ -44,6 +45,19 @@ GuardError = Annotated[
 ReportPicture = Annotated[
     Path | None, typer.Option(help="A .png of layers by steps: density, error, operator.")
 ]
+Model = Annotated[str, typer.Option(help="A bundled model, a folder, or a hub id (org/name).")]
+MinPsnr = Annotated[
+    float | None, typer.Option(help="Choose settings that stay so near to dense, in dB.")
+]
+MaxError = Annotated[float | None, typer.Option(help="The same, in relative L1 of the latents.")]
+TargetSpeedup = Annotated[
+    float | None, typer.Option(help="Choose settings that are so many times faster.")
+]
+CalibrationFile = Annotated[
+    Path | None, typer.Option(help="A file of `calibrate --method auto`: nothing is tried.")
+]
+Compare = Annotated[bool, typer.Option("--compare", help="Generate densely too, and compare.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: float32 on a CPU.")]
 
 
 @dataclass(frozen=True)
@@ -73,14 +87,14 @@ class Outputs:
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to generate.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="An .mp4, or a .png for images.")],
-    model: Annotated[
-        str, typer.Option(help="A bundled model, a folder, or a hub id (org/name).")
-    ] = "tiny-wan",
+    model: Model = "tiny-wan",
     method: Methods = None,
-    options: Settings = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Generate densely too, and compare.")
-    ] = False,
+    options: Options = None,
+    min_psnr: MinPsnr = None,
+    max_error: MaxError = None,
+    target_speedup: TargetSpeedup = None,
+    calibration: CalibrationFile = None,
+    compare: Compare = False,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
@@ -89,9 +103,7 @@ def generate(
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto picks one.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="float32, float16 or bfloat16; auto: float32 on a CPU.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     guard: GuardSwitch = None,
     guard_error: GuardError = None,
     report_picture: ReportPicture = None,
@@ -101,16 +113,22 @@ def generate(
     """Generate PROMPT with an accelerated pipeline, and write a report beside OUTPUT.
 
     --compare generates it densely too (OUTPUT.dense.mp4) and reports both times, the achieved
-    density and the PSNR between the two. Settings that are left out are the model's own.
+    density and the PSNR between the two. Settings that are left out are the model's own. With
+    --min-psnr, --max-error or --target-speedup settings are tried first, on other prompts or noise;
+    what was measured is kept for the next time.
     """
+    from dit_accel.choosing.automatic import probe_for
     from dit_accel.environment import pick_device
     from dit_accel.files import check_outputs
     from dit_accel.generation import GenerationRequest, generate_accelerated, pipeline_arguments
     from dit_accel.models import generation_defaults, load_pipeline, pipeline_outline
 
     quieten_libraries()
-    methods = ",".join(method or ["radial"])
-    chosen = parse_options(methods, options or []) | guard_options(guard, guard_error)
+    budget = {"min_psnr": min_psnr, "max_error": max_error, "target_speedup": target_speedup}
+    wish: dict[str, Any] = {name: value for name, value in budget.items() if value is not None}
+    wish |= {} if calibration is None else {"calibration": calibration}
+    methods = ",".join(method or ["auto" if wish else "radial"])
+    chosen = {**parse_options(methods, options or []), **wish, **guard_options(guard, guard_error)}
     outputs = Outputs(output, report_picture)
     _check_picture(report_picture, methods)
     check_outputs(outputs.all(compare), force=force)
@@ -135,6 +153,8 @@ def generate(
         progress(f"loading {model}", 0, 1)
         pipe = load_pipeline(model, device=place, dtype=precision)
         progress(f"loading {model}", 1, 1)
+        if wish and calibration is None:
+            chosen["probe"] = probe_for(pipe, request)
         result = generate_accelerated(
             pipe, request, methods, chosen, compare=compare, progress=progress
         )

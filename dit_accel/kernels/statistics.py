@@ -7,7 +7,8 @@ one reading of query, key and value.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,19 @@ class BlockStatistics:
     moment_norm: Tensor | None = None
     key_variance: Tensor | None = None
     pooled: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def of_heads(self, index: Tensor) -> BlockStatistics:
+        """Return the statistics of some heads; ``index`` is int64 ``[heads]``."""
+        shared = ("query_counts", "key_counts", "pooled")
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in shared}
+        mine: dict[str, Any] = {
+            name: None if x is None else x.index_select(1, index) for name, x in own.items()
+        }
+        pooled = {
+            level: (key.index_select(1, index), value.index_select(1, index))
+            for level, (key, value) in self.pooled.items()
+        }
+        return replace(self, **mine, pooled=pooled)
 
 
 def block_statistics(

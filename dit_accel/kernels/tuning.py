@@ -82,7 +82,7 @@ class HopperConfig:
         turns: whether the two groups of warps take turns at issuing products.
         eager: what is done under the exponentials, and not after the wait that follows them: 0
             leaves it to the compiler, 1 adds up the weights, 2 packs them too, two steps to a pass
-            of the loop. Only 0 has run on a GPU.
+            of the loop.
         persistent: whether one program per multiprocessor takes many query tiles.
     """
 
@@ -106,7 +106,7 @@ def hopper_config(head_size: int, longest: int, with_text: bool) -> HopperConfig
     if head_size == 64:
         # Exponentials take as long as products, and the groups keep apart by themselves.
         return HopperConfig(stages=6, turns=False, persistent=persistent)
-    return HopperConfig(persistent=persistent)
+    return HopperConfig(eager=1, persistent=persistent)
 
 
 @dataclass(frozen=True)

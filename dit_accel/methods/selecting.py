@@ -152,7 +152,7 @@ class SelectingMethod(AttentionMethod):
         layout, order = self._layout(query, key, value, grid, text_length)
         index = order.permutation(layout.grid, query.device)
         q, k, v = (reordered(x, index) for x in (query, key, value))
-        return self.choose(q, k, self._statistics(q, k, v, layout), layout, order)
+        return self.choose(q, k, self.statistics(q, k, v, layout), layout, order)
 
     def reference(
         self,
@@ -185,7 +185,7 @@ class SelectingMethod(AttentionMethod):
         index = order.permutation(layout.grid, query.device)
         q, k, v = (reordered(x, index) for x in (query, key, value))
         if selection is None:
-            selection = self.choose(q, k, self._statistics(q, k, v, layout), layout, order)
+            selection = self.choose(q, k, self.statistics(q, k, v, layout), layout, order)
         batch, _, heads, _ = query.shape
         rows, columns = self.blocks(layout)
         shape, full = tuple(selection.shape), (batch, heads, rows, columns)
@@ -219,7 +219,7 @@ class SelectingMethod(AttentionMethod):
         reason = self.dense_reason(call.layout)
         if reason is not None:
             return DensePlan(reason, order), None
-        statistics = self._statistics(query, key, value, call.layout)
+        statistics = self.statistics(query, key, value, call.layout)
         cost = 0.0
         if selection is None:
             selection = self.choose(query, key, statistics, call.layout, order)
@@ -260,9 +260,10 @@ class SelectingMethod(AttentionMethod):
             least,
         )
 
-    def _statistics(
+    def statistics(
         self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout
     ) -> BlockStatistics:
+        """Return what choosing and attending need of tokens that are already in order."""
         query_block, key_block = self.block_sizes
         return block_statistics(
             query,

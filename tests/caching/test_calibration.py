@@ -290,7 +290,7 @@ def test_whole_numbers_stay_whole():
         ("easycache", {"target_speedup": 2, "probe": ["a ball"]}, "keyword arguments"),
         ("easycache", {"target_speedup": 2, "probe": []}, "at least one prompt"),
         ("easycache", {"target_speedup": 50}, "does not get there"),
-        ("gna", {"target_speedup": 2}, "there is no cache among"),
+        ("gna", {"target_speedup": 2}, "out of reach here|no setting could be tried"),
         ("pab", {"target_speedup": 2}, "give max_error"),
         ("teacache", {"target_speedup": 2}, "no TeaCache coefficients"),
         ("easycache", {"target_speedup": 2, "treshold": 1}, "no option 'treshold'"),
@@ -311,10 +311,10 @@ def test_refused_goals_leave_the_acceleration_before(method, given, says):
 
 
 def test_bundled_models_know_what_to_probe_with():
-    from dit_accel.calibration import _bundled_calls
+    from dit_accel.calibration import bundled_calls
     from dit_accel.models import load_pipeline
 
-    (call,) = _bundled_calls(load_pipeline("tiny-sd3"))
+    (call,) = bundled_calls(load_pipeline("tiny-sd3"))
     assert len(call["prompt"]) == len(call["generator"]) == 2
     assert call["num_inference_steps"] == 20
 

@@ -1,0 +1,290 @@
+"""Whether ``method="auto"`` keeps its promise: held-out prompts within the budget, and how fast.
+
+    python benchmarks/auto_choice.py --models tiny-wan tiny-hunyuan tiny-flux tiny-sd3
+
+For budgets of 25, 30 and 35 dB: settings are tried on a few prompts, one is chosen, and 32 prompts
+that took no part are generated with it. "within" is the share of these that reach the budget; at
+least nine in ten are promised. Beside it the best fixed setting that a grid search finds on the
+held-out prompts themselves: the fastest with nine in ten within the budget, over every method at
+every value of a coarse grid, and over pairs of an attention method and a cache. Speed-ups are of
+the denoising loop, all prompts in one batch, dense and accelerated warmed up and timed alike.
+
+One JSON file a model, written after each row; rows that it holds are kept, so that ``--seconds``
+ends a run early and a later one goes on: the calibrations and their held-out runs come first, then
+the grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_accel.bench.measuring import guarded, manifest
+from dit_accel.bench.runs import ResultFile
+from dit_accel.calibration import calls_for
+from dit_accel.choosing.automatic import lines_for
+from dit_accel.choosing.budget import WORTHWHILE, Budget
+from dit_accel.choosing.choice import Point, choose
+from dit_accel.choosing.cost import CostModel, Workload
+from dit_accel.choosing.search import Search
+from dit_accel.choosing.settings import Setting, together
+from dit_accel.choosing.times import AttentionTimes
+from dit_accel.choosing.trials import Prediction, Trials
+from dit_accel.environment import pick_device
+from dit_accel.errors import OptionError
+from dit_accel.generation import GenerationRequest
+from dit_accel.models import generation_defaults, load_pipeline
+from dit_accel.world.worlds import fixed_prompts
+
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+BUDGETS = (30.0, 25.0, 35.0)
+PROMISED = 0.9
+PAIRS = 12
+"""Pairs of the grid that are measured for each budget: the fastest that may keep to it."""
+
+
+class ModelBench:
+    """Calibrates on some prompts of a model and measures settings on others."""
+
+    def __init__(self, model: str, args: argparse.Namespace) -> None:
+        self.model, self.args = model, args
+        self.device = pick_device(args.device)
+        defaults = asdict(generation_defaults(model))
+        del defaults["fps"]
+        world = defaults.pop("world")
+        if world is None:
+            raise OptionError(f"{model} belongs to no drawn world, which has fixed prompts.")
+        given = {name: getattr(args, name) for name in ("steps", "frames", "height", "width")}
+        settings: Row = {**defaults, **{k: v for k, v in given.items() if v is not None}}
+        requests = [
+            GenerationRequest(prompt=entry["prompt"], seed=seed, **settings)
+            for seed, entry in enumerate(fixed_prompts(world))
+        ]
+        self.tried = requests[-args.tried :]
+        self.held_out = requests[: args.prompts]
+        self.settings = {
+            **settings,
+            "tried": args.tried,
+            "held_out": args.prompts,
+            "dtype": args.dtype,
+        }
+        self._pipe: Any = None
+        self._trials: dict[str, Trials] = {}
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline, loaded when first needed."""
+        if self._pipe is None:
+            dtype = None if self.args.dtype == "auto" else getattr(torch, self.args.dtype)
+            self._pipe = load_pipeline(self.model, device=self.device, dtype=dtype)
+        return self._pipe
+
+    def trials(self, name: str) -> Trials:
+        """Return the trials on the "tried" or the "held_out" prompts."""
+        if name not in self._trials:
+            requests = getattr(self, name)
+            batch = 1 if self.device == "cpu" else len(requests)
+            told = Prediction(AttentionTimes())
+            trials = Trials(self.pipe, calls_for(self.pipe, requests, batch), predict=told)
+            seen = trials.look()
+            work = Workload(seen.place, seen.layers, seen.steps)
+            told.model = CostModel(work, seen.dense_s, told.times)
+            self._trials[name] = trials
+        return self._trials[name]
+
+    def lines(self) -> list[Any]:
+        """Return what is chosen from, by "auto" and by the grid search alike."""
+        layout = self.trials("held_out").look().place.layout
+        return lines_for(self.pipe, ["auto"], layout, {}, {})
+
+    def choose(self, task: Mapping[str, Any]) -> Row:
+        """Calibrate for a budget, choose, and generate the held-out prompts so."""
+        budget, trials = Budget(min_psnr=task["budget"]), self.trials("tried")
+        before = len(trials.points)
+        began = time.monotonic()
+        search = Search(budget, self.lines(), trials.measure, trials.predict)
+        choice = choose(search.run(), budget, {**trials.refused, **search.idle}, [])
+        row: Row = {
+            "calibration_s": round(time.monotonic() - began, 1),
+            "trials": len(search.points),
+            "new_trials": len(trials.points) - before,
+            "why": choice.why,
+            "frontier": [str(point) for point in choice.frontier],
+            "refused": dict(choice.refused),
+        }
+        if choice.chosen is None:
+            return row | {"setting": None, "speedup": 1.0, "within": 1.0}
+        row |= {"setting": asdict(choice.chosen.setting), "tried": _row(choice.chosen)}
+        return row | self.held(choice.chosen.setting, task["budget"])
+
+    def held(self, setting: Setting, budget: float | None = None) -> Row:
+        """Generate the held-out prompts with a setting."""
+        point = self.trials("held_out").measure(setting)
+        if point is None:
+            raise OptionError(f"{setting} does not run here")
+        within = None if budget is None else share_within(point.psnr_db, budget)
+        return {**_row(point), "within": within}
+
+    def grid(self, task: Mapping[str, Any]) -> Row:
+        """Measure a setting of the grid on the held-out prompts."""
+        setting = Setting(tuple(task["grid"]["methods"]), task["grid"]["options"])
+        return self.held(setting)
+
+
+def _row(point: Point) -> Row:
+    return {
+        "name": str(point.setting),
+        "speedup": point.speedup,
+        "predicted": point.predicted,
+        "density": point.density,
+        "blocks_run": point.blocks_run,
+        "psnr_db": [round(one, 3) for one in point.psnr_db],
+        "mean_error": point.mean_error,
+        "seconds": point.seconds,
+    }
+
+
+def share_within(psnr_db: Any, budget: float) -> float:
+    """Return the share of prompts that reach a budget."""
+    return sum(one >= budget for one in psnr_db) / len(psnr_db)
+
+
+def singles(bench: ModelBench, offset: int) -> Iterator[Setting]:
+    """Yield a quarter of the grid of single methods: every fourth value of each."""
+    trials = bench.trials("held_out")
+    for line in bench.lines():
+        told = trials.predict(line.at(-1))
+        if told is not None and told < WORTHWHILE:
+            continue  # its strongest value is not predicted to be faster than dense
+        for index in range(offset, len(line.values), 4):
+            yield line.at(index)
+
+
+def pairs(rows: list[Row], budget: float) -> list[Setting]:
+    """Return the pairs that may be the fastest within a budget, by what their members did alone."""
+    found: dict[str, list[Row]] = {"attention": [], "cache": []}
+    for row in rows:
+        if "grid" in row and "psnr_db" in row and len(row["grid"]["methods"]) == 1:
+            kind = "attention" if "density" in row["grid"]["options"] else "cache"
+            if row["speedup"] >= WORTHWHILE:
+                found[kind].append(row)
+    expected = []
+    for one in found["attention"]:
+        for other in found["cache"]:
+            both = zip(one["psnr_db"], other["psnr_db"], strict=True)
+            psnr = [-10 * math.log10(10 ** (-a / 10) + 10 ** (-b / 10)) for a, b in both]
+            if share_within(psnr, budget - 1) >= PROMISED:
+                expected.append((one["speedup"] * other["speedup"], one["grid"], other["grid"]))
+    expected.sort(key=lambda pair: -pair[0])
+    made = [[Setting(tuple(x["methods"]), x["options"]) for x in pair[1:]] for pair in expected]
+    return [together(*pair) for pair in made[:PAIRS]]
+
+
+def measure_model(model: str, args: argparse.Namespace) -> Row:
+    """Make the missing rows of one model and return all of its file."""
+    started = time.monotonic()
+    bench, name = ModelBench(model, args), Path(model).name
+    output = args.output / f"auto-{name}.json"
+    about = manifest(args.commit)
+    results = ResultFile("auto", about, bench.settings, output, args.force)
+    results.content["model"] = name
+
+    def run(measure: Any, task: Row) -> bool:
+        if results.has(task):
+            return True
+        if args.seconds is not None and time.monotonic() - started > args.seconds:
+            print(f"{name}: out of time, the rest is left for a later run")
+            return False
+        row = results.add(task, guarded(measure, task))
+        print(name, line(row), flush=True)
+        return True
+
+    todo = [(bench.choose, {"budget": budget}) for budget in args.budgets]
+    if not all(run(*task) for task in todo) or args.no_grid:
+        return results.content
+    for stage in (0, 2, "pairs", 1, 3):
+        settings: list[Setting] = []
+        if isinstance(stage, int):
+            settings += singles(bench, stage)
+        else:
+            for budget in args.budgets:
+                settings += pairs(results.rows, budget)
+        for setting in settings:
+            # As it reads back from the file, so that a later run knows it.
+            if not run(bench.grid, {"grid": json.loads(json.dumps(asdict(setting)))}):
+                return results.content
+    return results.content
+
+
+def line(row: Row) -> str:
+    """One row for a terminal."""
+    text = f"{row['budget']:g} dB" if "budget" in row else "grid"
+    for trouble in ("refused", "failed"):
+        if isinstance(row.get(trouble), str):
+            return f"{text} {trouble}: {row[trouble]}"
+    if row.get("setting", True) is None:
+        return f"{text}: {row['why']}"
+    low = sorted(row["psnr_db"])[len(row["psnr_db"]) // 10]
+    share = "" if row["within"] is None else f", {row['within']:.0%} within"
+    return f"{text}: {row['name']}: {row['speedup']:.2f}x, nine in ten over {low:.1f} dB{share}"
+
+
+def summary(contents: list[Row]) -> Row:
+    """Return for each model and budget the share within, the speed-up and the grid's best."""
+    found: Row = {}
+    for content in contents:
+        grid = [row for row in content["rows"] if "grid" in row and "psnr_db" in row]
+        for row in content["rows"]:
+            if "budget" not in row or "within" not in row:
+                continue
+            good = [g for g in grid if share_within(g["psnr_db"], row["budget"]) >= PROMISED]
+            best = max(good, key=lambda g: g["speedup"], default=None)
+            fastest = max(1.0, best["speedup"] if best else 1.0)
+            found.setdefault(content["model"], {})[f"{row['budget']:g}"] = {
+                "chosen": row.get("name", "dense"),
+                "within": row["within"],
+                "promise_kept": row["within"] >= PROMISED,
+                "speedup": round(row["speedup"], 3),
+                "best_of_grid": None if best is None else best["name"],
+                "best_speedup": round(fastest, 3),
+                "of_best": round(row["speedup"] / fastest, 3),
+                "trials": row["trials"],
+                "grid_rows": len(grid),
+            }
+    return found
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["tiny-wan"], help="names or folders")
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="dB")
+    parser.add_argument("--prompts", type=int, default=32, help="held out: the first so many of 64")
+    parser.add_argument("--tried", type=int, default=8, help="the last so many of 64")
+    parser.add_argument("--no-grid", action="store_true", help="no grid search")
+    parser.add_argument("--seconds", type=float, help="begin no row of a model after this long")
+    for name in ("steps", "frames", "height", "width"):
+        parser.add_argument(f"--{name}", type=int, help="the model's own by default")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
+    parser.add_argument("--commit")
+    parser.add_argument("--force", action="store_true", help="start the files again")
+    args = parser.parse_args()
+    with torch.no_grad():
+        contents = list(map(partial(measure_model, args=args), args.models))
+    print(json.dumps(summary(contents), indent=1))
+
+
+if __name__ == "__main__":
+    main()

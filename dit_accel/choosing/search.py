@@ -1,0 +1,180 @@
+"""Looks for the best setting with few trials: coarse to fine, then pairs of what was best alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from dit_accel.choosing.budget import WORTHWHILE, Budget
+from dit_accel.choosing.choice import Point
+from dit_accel.choosing.settings import Line, Setting, together
+
+Measure = Callable[[Setting], Point | None]
+"""Measures a setting; None if this pipeline can't run it."""
+Predict = Callable[[Setting], float | None]
+"""Foretells a setting's speed-up; None if it can't."""
+
+KEPT = 3
+"""Methods of a kind that are looked at closely."""
+PAIRS = 5
+"""Pairs of an attention method and a cache that are tried."""
+OCTAVE_DB = 4.0
+"""Decibels that halving the time saved brings, roughly: ranks methods that miss the budget."""
+
+
+@dataclass
+class _Trace:
+    """What is known of one line: every point up to ``low`` may be passed, none from ``high`` on."""
+
+    line: Line
+    high: int
+    low: int = -1
+    points: dict[int, Point] = field(default_factory=dict)
+    over: bool = False
+
+    def next(self) -> int | None:
+        """Return the value to try next; None when it is settled."""
+        return None if self.over or self.high - self.low < 2 else (self.low + self.high) // 2
+
+
+@dataclass
+class Search:
+    """Tries settings until the best for a budget is known well enough.
+
+    Along a line a stronger value is faster and further from dense, so that the last value within
+    a budget of quality, or the first that is fast enough, is found by halving. A method whose
+    middle value promises little is left at that.
+
+    Attributes:
+        budget: what is asked for.
+        lines: what may be chosen, the most promising first.
+        measure: runs a setting.
+        predict: foretells speed-ups; lines on which nothing would pay are not tried.
+        most: trials after which it ends.
+    """
+
+    budget: Budget
+    lines: Sequence[Line]
+    measure: Measure
+    predict: Predict
+    most: int = 40
+    points: list[Point] = field(default_factory=list)
+    idle: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> list[Point]:
+        """Return all points that were measured."""
+        traces = [_Trace(line, len(line.values)) for line in self.lines if self._may_pay(line)]
+        for trace in traces:
+            self._step(trace)
+        kept: list[_Trace] = []
+        for kind in dict.fromkeys(trace.line.kind for trace in traces):
+            of_kind = [t for t in traces if t.line.kind == kind and t.points]
+            kept += sorted(of_kind, key=self._promise, reverse=True)[:KEPT]
+        for trace in sorted(kept, key=self._promise, reverse=True):
+            while self._step(trace):
+                continue
+        self._try_pairs(kept)
+        return self.points
+
+    def _may_pay(self, line: Line) -> bool:
+        """Whether the strongest value is foretold to be worth it."""
+        told = self.predict(line.at(-1))
+        if told is None or told >= WORTHWHILE:
+            return True
+        self.idle[str(line.at(-1))] = f"predicted {told:.2f}x, not worth trying"
+        return False
+
+    def _step(self, trace: _Trace) -> bool:
+        """Try the next value of a line; return whether there was one."""
+        index = trace.next()
+        if index is None or len(self.points) >= self.most:
+            return False
+        point = self.measure(trace.line.at(index))
+        if point is None:
+            trace.over = True
+            return False
+        self.points.append(point)
+        trace.points[index] = point
+        if self._may_be_stronger(point):
+            trace.low = index
+        else:
+            trace.high = index
+            # What is weaker is slower still.
+            trace.over = self.budget.target_speedup is None and point.speedup <= self._to_beat()
+        return True
+
+    def _may_be_stronger(self, point: Point) -> bool:
+        if self.budget.target_speedup is not None:
+            return point.speedup < self.budget.target_speedup
+        return point.margin_db(self.budget) >= 0
+
+    def _to_beat(self) -> float:
+        good = [p.speedup for p in self.points if p.margin_db(self.budget) >= 0]
+        return max([WORTHWHILE, *good])
+
+    def _promise(self, trace: _Trace) -> float:
+        """Return how much a line may gain: for its best point, the time saved at the budget."""
+        target = self.budget.target_speedup
+        if target is not None:
+            # Quality at the speed asked for.
+            return max(
+                -_error_db(p) + OCTAVE_DB * math.log2(max(_saved(p), 1e-3) / _saved_at(target))
+                for p in trace.points.values()
+            )
+        return max(
+            max(_saved(p), 1e-3) * 2 ** (min(p.margin_db(self.budget), 2 * OCTAVE_DB) / OCTAVE_DB)
+            for p in trace.points.values()
+        )
+
+    def _try_pairs(self, traces: Sequence[_Trace]) -> None:
+        """Try attention methods with caches, the fastest that are expected to keep to the budget.
+
+        Speeds multiply and squared errors add, as they would if neither changed the other.
+        """
+        of: dict[str, list[Point]] = {"attention": [], "cache": []}
+        for trace in traces:
+            worth = [p for p in trace.points.values() if p.speedup >= WORTHWHILE]
+            of[trace.line.kind] += worth
+        expected = [_pair(a, c) for a in of["attention"] for c in of["cache"]]
+        target = self.budget.target_speedup
+        if target is not None:
+            fits = [p for p in expected if p.speedup >= target]
+            fits.sort(key=_error_db)
+        else:
+            fits = [p for p in expected if p.margin_db(self.budget) >= -0.5]
+            fits.sort(key=lambda point: -point.speedup)
+        for pair in fits[:PAIRS]:
+            if len(self.points) >= self.most:
+                return
+            if target is None and pair.speedup <= self._to_beat():
+                return
+            point = self.measure(pair.setting)
+            if point is not None:
+                self.points.append(point)
+
+
+def _pair(attention: Point, cache: Point) -> Point:
+    """Return what is expected of two settings at once."""
+    both = zip(attention.psnr_db, cache.psnr_db, strict=True)
+    psnr = tuple(-10 * math.log10(10 ** (-a / 10) + 10 ** (-c / 10)) for a, c in both)
+    errors = zip(attention.error, cache.error, strict=True)
+    error = tuple(math.hypot(a, c) for a, c in errors)
+    speedup = attention.speedup * cache.speedup
+    setting = together(attention.setting, cache.setting)
+    return Point(setting, attention.seconds / cache.speedup, speedup, psnr, error)
+
+
+def _saved(point: Point) -> float:
+    return _saved_at(point.speedup)
+
+
+def _saved_at(speedup: float) -> float:
+    return 1 - 1 / speedup if speedup > 1 else 0.0
+
+
+def _error_db(point: Point) -> float:
+    """Return how far from dense, in dB: the smaller the nearer."""
+    if point.low_psnr is not None:
+        return -point.low_psnr
+    return 20 * math.log10(max(point.mean_error, 1e-9))

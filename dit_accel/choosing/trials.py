@@ -1,0 +1,300 @@
+"""Measures settings on the user's pipeline: time, PSNR and error of the latents, per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.acceleration import (
+    accelerate_pipeline,
+    acceleration_report,
+    family_of,
+    restore_pipeline,
+    unwrapped,
+)
+from dit_accel.calibration import PipelineCall, generators
+from dit_accel.call import TokenLayout
+from dit_accel.choosing.choice import Point
+from dit_accel.choosing.cost import CostModel
+from dit_accel.choosing.forecast import heads_of
+from dit_accel.choosing.settings import Setting
+from dit_accel.choosing.times import AttentionTimes, Place
+from dit_accel.errors import DitAccelError, OptionError
+from dit_accel.eval.fidelity import psnr, relative_l1
+from dit_accel.generation import Progress, timed_call
+from dit_accel.registry import method_class
+from dit_accel.session import arguments_by_name
+
+Row = dict[str, Any]
+MOST_DB = 100.0
+"""Stands for an infinite PSNR, which JSON has no number for."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a pipeline made of all prompts.
+
+    Attributes:
+        frames: per prompt ``[T, 3, H, W]`` in [0, 1], float16; empty where not decoded.
+        latents: per prompt, float32.
+        seconds: of the denoising loops.
+    """
+
+    frames: list[Tensor]
+    latents: list[Tensor]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the dense generations were.
+
+    Attributes:
+        place: one self-attention call.
+        layers: self-attention calls of a forward.
+        steps: denoising steps.
+        dense_s: seconds of one forward.
+    """
+
+    place: Place
+    layers: int
+    steps: int
+    dense_s: float
+
+    def to_row(self) -> Row:
+        """Return everything as JSON-ready values."""
+        place = self.place
+        return {
+            "grid": list(place.layout.grid),
+            "text_length": place.layout.text_length,
+            "text_first": place.layout.text_first,
+            "heads": place.heads,
+            "head_size": place.head_size,
+            "batch": place.batch,
+            "dtype": str(place.dtype).removeprefix("torch."),
+            "device": str(place.device),
+            "layers": self.layers,
+            "steps": self.steps,
+            "dense_s": self.dense_s,
+        }
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> Seen:
+        """Undo `to_row`."""
+        t, h, w = row["grid"]
+        layout = TokenLayout((t, h, w), row["text_length"], row["text_first"])
+        place = Place(
+            layout,
+            row["heads"],
+            row["head_size"],
+            row["batch"],
+            getattr(torch, row["dtype"]),
+            torch.device(row["device"]),
+        )
+        return cls(place, row["layers"], row["steps"], row["dense_s"])
+
+
+class Trials:
+    """Generates the prompts densely once, and by every setting that is asked for.
+
+    Args:
+        pipe: a pipeline, not accelerated.
+        calls: keyword arguments of ``pipe(...)``; see `dit_accel.calibration`.
+        decode: whether frames are compared, or latents alone.
+        predict: foretells a setting's speed-up, for the record.
+        progress: told of every generation.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        calls: Sequence[PipelineCall],
+        *,
+        decode: bool = True,
+        predict: Callable[[Setting], float | None] = lambda setting: None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.pipe, self.calls, self.decode = pipe, list(calls), decode
+        self.predict, self.progress = predict, progress
+        self.refused: dict[str, str] = {}
+        self._points: dict[str, Point] = {}
+        self.seen: Seen | None = None
+        self._dense: Generated | None = None
+        self._done = 0
+
+    def recall(self, points: Sequence[Point], seen: Seen) -> None:
+        """Take points as measured: from earlier, under the same circumstances."""
+        self._points |= {_key(point.setting): point for point in points}
+        self.seen = seen
+
+    def look(self) -> Seen:
+        """Return what is generated, from a dense generation or from earlier."""
+        if self.seen is None:
+            self.dense  # noqa: B018
+        if self.seen is None:
+            raise OptionError("the pipeline ran no transformer that this package knows.")
+        return self.seen
+
+    @property
+    def points(self) -> list[Point]:
+        """All that were measured or recalled."""
+        return list(self._points.values())
+
+    @property
+    def dense(self) -> Generated:
+        """What the pipeline makes without any acceleration."""
+        if self._dense is None:
+            self._warm_up()
+            with _Look(self.pipe) as look:
+                self._dense = self._generate()
+            self.seen = self.seen or look.seen(self._dense.seconds, len(self.calls))
+        return self._dense
+
+    def measure(self, setting: Setting) -> Point | None:
+        """Return the point of a setting; None if this pipeline can't run it."""
+        key = _key(setting)
+        if key not in self._points and key not in self.refused:
+            try:
+                self._points[key] = self._measure(setting)
+            except DitAccelError as error:
+                self.refused[key] = str(error)
+            finally:
+                restore_pipeline(self.pipe)
+        return self._points.get(key)
+
+    def _measure(self, setting: Setting) -> Point:
+        accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
+        if self._dense is None:  # only now: what can't be attached is refused before a long run
+            restore_pipeline(self.pipe)
+            self.dense  # noqa: B018
+            accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
+        dense = self.dense
+        if self.pipe.device.type == "cuda":
+            self._warm_up()
+        made = self._generate()
+        report = acceleration_report(self.pipe)
+        skipped = report.blocks_skipped
+        return Point(
+            setting,
+            made.seconds,
+            dense.seconds / made.seconds,
+            tuple(min(psnr(*pair), MOST_DB) for pair in zip(*_frames(made, dense), strict=True)),
+            tuple(relative_l1(*pair) for pair in zip(made.latents, dense.latents, strict=True)),
+            report.block_density,
+            None if skipped is None else 1 - skipped,
+            self.predict(setting),
+        )
+
+    def _warm_up(self) -> None:
+        """Run two steps, so that no time is spent on kernels, plans and first allocations later."""
+        self._run({**self.calls[0], "num_inference_steps": 2})
+
+    def _generate(self) -> Generated:
+        made = Generated([], [], 0.0)
+        seconds = 0.0
+        for call in self.calls:
+            frames, latents, spent = self._run(call)
+            made.frames.extend(frames)
+            made.latents.extend(latents)
+            seconds += spent
+            self._done += 1
+            if self.progress is not None:
+                self.progress("generations", self._done, self._done)
+        return Generated(made.frames, made.latents, seconds)
+
+    def _run(self, call: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], float]:
+        arguments = {k: v for k, v in call.items() if k not in ("generator", "output_type")}
+        configured = dict(getattr(self.pipe, "_progress_bar_config", {}))
+        try:
+            output, clock = timed_call(
+                self.pipe,
+                arguments,
+                generators(call.get("generator", 0)),
+                output_type="pt" if self.decode else "latent",
+            )
+        finally:
+            self.pipe.set_progress_bar_config(**configured)
+        frames: list[Tensor] = []
+        if self.decode:
+            made = output.frames if hasattr(output, "frames") else output.images[:, None]
+            # Half precision is 20 dB finer than the 8 bits that will be written.
+            frames = list(made.to(torch.float16).cpu())
+        return frames, list(clock.latents.float().cpu()), clock.denoise_s
+
+
+@dataclass
+class Prediction:
+    """Foretells a setting's speed-up: of its attention alone, for what a cache skips is unknown."""
+
+    times: AttentionTimes
+    model: CostModel | None = None
+    _known: dict[str, float | None] = field(default_factory=dict)
+
+    def __call__(self, setting: Setting) -> float | None:
+        """Return the speed-up; None if nothing can be said."""
+        if self.model is None or len(setting.methods) != 1:
+            return None
+        name, key = setting.methods[0], str(setting)
+        if "density" not in setting.options:
+            return None
+        if key not in self._known:
+            cls: Any = method_class(name)
+            place = self.model.workload.place
+            try:
+                method = cls(**setting.options.get(name, {}))
+                method = method.at_density(setting.options["density"], place.layout)
+                dense_steps = setting.options.get("dense_steps", 0)
+                self._known[key] = self.model.speedup(method, dense_steps=dense_steps)
+            except (DitAccelError, torch.OutOfMemoryError):
+                self._known[key] = None
+        return self._known[key]
+
+
+class _Look:
+    """Reads the first transformer call, and counts all of them."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe, self._family = pipe, family_of(pipe)
+        self._place: Place | None = None
+        self._layers = self._forwards = 0
+
+    def __enter__(self) -> _Look:
+        found = (getattr(self._pipe, name, None) for name in self._family.components)
+        self._hooks = [
+            unwrapped(one).register_forward_pre_hook(self._note, with_kwargs=True)
+            for one in found
+            if one is not None
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._forwards += 1
+        if self._place is None:
+            named = arguments_by_name(module, args, kwargs)
+            layout = self._family.read_inputs(module, named).layouts[0]
+            latents = named["hidden_states"]
+            shape = (*heads_of(module), len(latents), latents.dtype, latents.device)
+            self._place = Place(layout, *shape)
+            self._layers = len(self._family.attention_layers(module))
+
+    def seen(self, seconds: float, calls: int) -> Seen | None:
+        if self._place is None:
+            return None
+        steps = len(self._pipe.scheduler.timesteps)
+        return Seen(self._place, self._layers, steps, seconds / self._forwards)
+
+
+def _frames(made: Generated, dense: Generated) -> tuple[list[Tensor], list[Tensor]]:
+    return [one.float() for one in made.frames], [one.float() for one in dense.frames]
+
+
+def _key(setting: Setting) -> str:
+    return f"{setting} {sorted(setting.options.items(), key=str)}"

@@ -1,0 +1,204 @@
+"""What each head loses at each density, measured on the queries and keys of dense generations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_accel.acceleration import accelerate_pipeline, restore_pipeline
+from dit_accel.calibration import PipelineCall, run_latents
+from dit_accel.call import AttentionCall, TokenLayout
+from dit_accel.compat import dense_attention
+from dit_accel.errors import DensityUnreachableError, OptionError
+from dit_accel.grid import Grid, TokenOrder
+from dit_accel.methods.base import AttentionMethod, StaticMethod
+from dit_accel.operators import Operator, choose_operator, make_operators
+from dit_accel.per_head.method import at_level
+from dit_accel.plan import AttentionPlan, DensePlan
+
+LEVELS = (0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
+"""Densities that heads may get, as far as the method reaches them."""
+_AT = (0.3, 0.6, 0.9)
+"""Where in a generation heads are looked at, as shares of its steps."""
+
+
+@dataclass(frozen=True)
+class HeadCurves:
+    """Costs and errors by layer, head and level.
+
+    Attributes:
+        layout: of the calls.
+        levels: densities asked for.
+        cost: ``[layers, levels]``, the share of pairs computed.
+        error: ``[layers, heads, levels]``, |out - dense|^2 of the head over the |dense|^2 of all
+            its layer's heads, mean over the calls.
+    """
+
+    layout: TokenLayout
+    levels: tuple[float, ...]
+    cost: tuple[tuple[float, ...], ...]
+    error: tuple[tuple[tuple[float, ...], ...], ...]
+
+    def to_row(self) -> dict[str, Any]:
+        """Return everything as JSON-ready values."""
+        layout = self.layout
+        return {
+            "grid": list(layout.grid),
+            "text_length": layout.text_length,
+            "text_first": layout.text_first,
+            "levels": list(self.levels),
+            "cost": self.cost,
+            "error": self.error,
+        }
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> HeadCurves:
+        """Undo `to_row`."""
+        t, h, w = row["grid"]
+        return cls(
+            TokenLayout((t, h, w), row["text_length"], row["text_first"]),
+            tuple(row["levels"]),
+            tuple(map(tuple, row["cost"])),
+            tuple(tuple(map(tuple, layer)) for layer in row["error"]),
+        )
+
+
+def measure_curves(pipe: Any, method: AttentionMethod, calls: Sequence[PipelineCall]) -> HeadCurves:
+    """Generate densely, and in three steps of each generation attend by every level beside it.
+
+    Args:
+        pipe: a pipeline, not accelerated.
+        method: whose densities are tried.
+        calls: keyword arguments of ``pipe(...)``; see `dit_accel.calibration`.
+
+    Raises:
+        OptionError: if attention of one size can't be seen.
+    """
+    meter = _Meter(method)
+    try:
+        accelerate_pipeline(pipe, meter, dense_steps=0, dense_layers=0, min_tokens=0)
+        for call in calls:
+            run_latents(pipe, call)
+    finally:
+        restore_pipeline(pipe)
+    return meter.seen.curves()
+
+
+@dataclass
+class _Seen:
+    """Sums over the calls so far."""
+
+    layout: TokenLayout | None = None
+    levels: tuple[float, ...] = ()
+    num_layers: int = 0
+    cost: dict[int, list[float]] = field(default_factory=dict)
+    error: dict[int, Tensor] = field(default_factory=dict)
+    calls: dict[int, int] = field(default_factory=dict)
+    methods: dict[Any, AttentionMethod] = field(default_factory=dict)
+    plans: dict[Any, AttentionPlan] = field(default_factory=dict)
+    operators: Mapping[str, Operator] = field(default_factory=make_operators)
+
+    def curves(self) -> HeadCurves:
+        if self.layout is None or len(self.error) != self.num_layers:
+            raise OptionError(
+                "per_head saw no self-attention to measure: probe with at least four steps."
+            )
+        layers = range(self.num_layers)
+        errors = [(self.error[layer] / self.calls[layer]).tolist() for layer in layers]
+        return HeadCurves(
+            self.layout,
+            self.levels,
+            tuple(tuple(self.cost[layer]) for layer in layers),
+            tuple(tuple(map(tuple, of_layer)) for of_layer in errors),
+        )
+
+
+@dataclass(frozen=True)
+class _Meter(AttentionMethod):
+    """Attends densely, and measures what a method would have given."""
+
+    name: ClassVar[str] = "per_head meter"
+
+    base: AttentionMethod
+    seen: _Seen = field(default_factory=_Seen, compare=False)
+
+    def token_order(self, grid: Grid) -> TokenOrder:
+        """Return the method's own; see `AttentionMethod.token_order`."""
+        return self.base.token_order(grid)
+
+    def plan(
+        self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, order: TokenOrder
+    ) -> AttentionPlan:
+        """Measure in some of the calls; see `AttentionMethod.plan`."""
+        if _looked_at(call):
+            self._measure(call, (query, key, value), order)
+        return DensePlan("measured for per_head", order)
+
+    def _measure(
+        self, call: AttentionCall, qkv: tuple[Tensor, Tensor, Tensor], order: TokenOrder
+    ) -> None:
+        seen = self.seen
+        if seen.layout is None:
+            seen.layout, seen.num_layers = call.layout, call.num_layers
+            seen.levels = tuple(_reached(self.base, call.layout))
+        if call.layout.grid != seen.layout.grid:
+            raise OptionError("per_head: give probes of one size.")
+        dense = dense_attention(*qkv, mask=None, scale=None, backend=None)
+        size = dense.double().square().sum()
+        costs, errors = [], []
+        for level in seen.levels:
+            where = level, call.layout
+            if where not in seen.methods:
+                seen.methods[where] = at_level(self.base, level, call.layout)
+            method = seen.methods[where]
+            plan = self._plan(level, method, call, qkv, order)
+            if isinstance(plan, DensePlan):
+                costs.append(1.0)
+                errors.append(torch.zeros(dense.shape[2], dtype=torch.float64))
+                continue
+            operator = choose_operator("auto", seen.operators, plan, qkv[0]).operator
+            out, _ = operator.run(*qkv, plan, method.scaled(None, dense.shape[-1]), False)
+            costs.append(plan.block_density)
+            lost = (out - dense).double().square().sum((0, 1, 3)) / size
+            errors.append(lost.cpu())
+        layer = call.layer
+        seen.cost[layer] = costs
+        seen.error[layer] = seen.error.get(layer, 0) + torch.stack(errors, -1)
+        seen.calls[layer] = seen.calls.get(layer, 0) + 1
+
+    def _plan(
+        self,
+        level: float,
+        method: AttentionMethod,
+        call: AttentionCall,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        order: TokenOrder,
+    ) -> AttentionPlan:
+        if level == 1:
+            return DensePlan("all pairs", order)
+        if not isinstance(method, StaticMethod):
+            return method.plan(call, *qkv, order)
+        where = level, call.layout, order, qkv[0].device
+        if where not in self.seen.plans:
+            self.seen.plans[where] = method.plan(call, *qkv, order)
+        return self.seen.plans[where]
+
+
+def _looked_at(call: AttentionCall) -> bool:
+    """Whether to measure this call: three steps of a generation, one branch of two."""
+    if call.branch == "uncond" or call.step is None or call.num_steps is None:
+        return False
+    return call.step in {int(share * call.num_steps) for share in _AT}
+
+
+def _reached(method: AttentionMethod, layout: TokenLayout) -> list[float]:
+    """Return the levels that a method reaches, and its least density among them."""
+    try:
+        method.at_density(LEVELS[0], layout)
+    except DensityUnreachableError as error:
+        return [error.least, *(level for level in LEVELS if level > error.least)]
+    return list(LEVELS)

@@ -1,0 +1,162 @@
+"""What ``accelerate_pipeline(..., per_head=...)`` does: measure, share out, keep."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_accel import __version__
+from dit_accel.calibration import PipelineCall, bundled_calls
+from dit_accel.calibration_file import circumstances, fingerprint
+from dit_accel.errors import OptionError
+from dit_accel.files import write_text
+from dit_accel.kinds import Method
+from dit_accel.methods.base import AttentionMethod
+from dit_accel.per_head.allocation import allocate
+from dit_accel.per_head.curves import HeadCurves, measure_curves
+from dit_accel.per_head.method import PerHead, check_base
+from dit_accel.schedule import Schedule
+from dit_accel.tuning_file import cache_folder
+
+Row = dict[str, Any]
+KIND = "dit-accel per head"
+
+
+def share_out(
+    pipe: Any,
+    methods: Mapping[str, Method],
+    general: Mapping[str, Any],
+    schedule: Schedule,
+    *,
+    per_head: bool | str | Path,
+    probe: PipelineCall | Sequence[PipelineCall] | None,
+) -> PerHead:
+    """Return the attention method among ``methods`` with a density for every layer and head.
+
+    Args:
+        pipe: a pipeline, not accelerated.
+        methods: by kind.
+        general: `accelerate_pipeline`'s own options; ``density`` is the mean over the heads of the
+            layers that may be sparse.
+        schedule: which layers stay dense; they take nothing from the budget.
+        per_head: True, or a file that `save_curves` wrote.
+        probe: what to measure on; see `accelerate_pipeline`.
+
+    Raises:
+        OptionError: if there is nothing to share out, or the file is of another model or method.
+    """
+    method = methods.get("attention")
+    if not isinstance(method, AttentionMethod):
+        raise OptionError("per_head shares out an attention method's density: name one.")
+    check_base(method)
+    if general["density"] is None:
+        raise OptionError("per_head shares out a budget: give density=, the mean over the heads.")
+    if "cache" in methods and methods["cache"].name == "remainder_cache":
+        raise OptionError("per_head and remainder_cache don't go together: leave one out.")
+    if per_head is True:
+        curves = curves_of(pipe, method, probe)
+    elif probe is not None:
+        raise OptionError("per_head names a file with what was measured: leave probe out.")
+    else:
+        curves = load_curves(Path(str(per_head)), pipe, method)
+    return per_head_method(method, curves, general["density"], schedule.layers)
+
+
+def per_head_method(
+    method: AttentionMethod,
+    curves: HeadCurves,
+    density: float,
+    dense_layers: frozenset[int] = frozenset(),
+) -> PerHead:
+    """Return ``method`` with densities of the least total error whose mean cost is ``density``."""
+    method.at_density(density, curves.layout)  # refuses what it can't reach
+    places = [
+        (layer, head)
+        for layer, heads in enumerate(curves.error)
+        for head in range(len(heads))
+        if layer not in dense_layers
+    ]
+    of_heads = [
+        list(zip(curves.cost[layer], curves.error[layer][head], strict=True))
+        for layer, head in places
+    ]
+    table = [[1.0] * len(heads) for heads in curves.error]
+    for (layer, head), level in zip(places, allocate(of_heads, density), strict=True):
+        table[layer][head] = curves.levels[level]
+    return PerHead(method, density, tuple(map(tuple, table)))
+
+
+def curves_of(
+    pipe: Any, method: AttentionMethod, probe: PipelineCall | Sequence[PipelineCall] | None
+) -> HeadCurves:
+    """Return error curves, from the user's cache folder if they were measured before."""
+    if probe is None:
+        calls = bundled_calls(pipe)
+    else:
+        calls = [probe] if isinstance(probe, Mapping) else list(probe)
+    if not calls or not all(isinstance(call, Mapping) for call in calls):
+        raise OptionError("probe: give keyword arguments of pipe(...), or a list of these.")
+    where = circumstances(pipe, method.name, {"method": repr(method)}, calls)
+    folder = cache_folder()
+    path = None
+    if where is not None and folder is not None:
+        digest = hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:16]
+        path = folder / "per-head" / f"{digest}.json"
+        if path.exists():
+            try:
+                return load_curves(path, pipe, method)
+            except OptionError:
+                pass  # damaged; measured anew
+    curves = measure_curves(pipe, method, calls)
+    if path is not None:
+        save_curves(path, pipe, method, curves)
+    return curves
+
+
+def save_curves(path: Path, pipe: Any, method: AttentionMethod, curves: HeadCurves) -> None:
+    """Write error curves, and what they hold for; ``per_head=path`` takes them."""
+    content = {"kind": KIND, **asdict(_About.of(pipe, method)), "curves": curves.to_row()}
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def load_curves(path: Path, pipe: Any, method: AttentionMethod) -> HeadCurves:
+    """Return the error curves of a file.
+
+    Raises:
+        OptionError: if it can't be read, or is of another model, method or version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["kind"] != KIND:
+            raise ValueError(f"its kind is {content['kind']!r}")
+        curves = HeadCurves.read(content["curves"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OptionError(
+            f"per_head file {str(path)!r} can't be read ({error}): measure it anew with "
+            "per_head=True."
+        ) from error
+    for name, value in asdict(_About.of(pipe, method)).items():
+        if content.get(name) != value:
+            raise OptionError(
+                f"per_head file {str(path)!r} is for {name} {content.get(name)}, here it is "
+                f"{value}: measure it anew with per_head=True."
+            )
+    return curves
+
+
+@dataclass(frozen=True)
+class _About:
+    """What curves hold for, beside a size: at another size the same heads stay the sparse ones."""
+
+    dit_accel: str
+    weights: list[str]
+    method: str
+
+    @classmethod
+    def of(cls, pipe: Any, method: AttentionMethod) -> _About:
+        parts = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+        return cls(__version__, [fingerprint(part) for part in parts], repr(method))

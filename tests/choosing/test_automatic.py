@@ -1,0 +1,230 @@
+"""`accelerate_pipeline` with a budget, with a calibration, and with nothing, on tiny pipelines."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_pipelines import TINY_PIPELINES, run_tiny
+
+from dit_accel import accelerate_pipeline, acceleration_report, restore_pipeline
+from dit_accel.choosing import trials
+from dit_accel.choosing.automatic import calibrate_auto
+from dit_accel.choosing.budget import Budget
+from dit_accel.choosing.forecast import Forecast
+from dit_accel.choosing.settings import attention_lines, block_size_for, cache_lines
+from dit_accel.choosing.times import AttentionTimes
+from dit_accel.errors import OptionError
+
+PROMPTS = {"prompt": ["a", "b"], "generator": [0, 1], "num_inference_steps": 8}
+
+
+def probe_of(name: str) -> dict:
+    return {**TINY_PIPELINES[name][1], **PROMPTS}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Let time be the number of blocks and attention pairs, which every machine agrees on."""
+    generate = trials.Trials._generate
+
+    def counting(self):
+        made = generate(self)
+        acceleration = self.pipe.__dict__.get("_dit_accel")
+        share = 1.0
+        if acceleration is not None:
+            report = acceleration.report()
+            share = 1 - (report.blocks_skipped or 0.0)
+            share *= 0.5 + 0.5 * (report.block_density or 1.0)
+        return trials.Generated(made.frames, made.latents, share)
+
+    monkeypatch.setattr(trials.Trials, "_generate", counting)
+    monkeypatch.setattr(trials.Prediction, "__call__", lambda self, setting: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"), [("wan", {"max_error": 0.3}), ("flux", {"min_psnr": 20})]
+)
+def test_a_budget_is_kept_and_undone(name, budget, counted):
+    build, arguments = TINY_PIPELINES[name]
+    pipe = build()
+    before = run_tiny(pipe, arguments)
+    methods = ["gna", "first_block_cache", "easycache"]
+    accelerate_pipeline(pipe, methods, **budget, probe=probe_of(name), min_tokens=0)
+    choice = acceleration_report(pipe).choice
+    assert choice.chosen is not None
+    assert choice.chosen.margin_db(Budget(**budget)) >= 0
+    assert len(choice.chosen.error) == 2
+    assert bool(choice.chosen.psnr_db) == ("min_psnr" in budget)
+    run_tiny(pipe, arguments)
+    report = acceleration_report(pipe)
+    assert set(report.options) == set(choice.chosen.setting.methods)
+    assert "method='auto' took" in str(report).replace("\n", " ")
+    content = json.loads(json.dumps(report.to_dict()))
+    assert content["choice"]["chosen"] == str(choice.chosen.setting)
+    restore_pipeline(pipe)
+    assert torch.equal(run_tiny(pipe, arguments), before)
+
+
+def test_a_speed_is_reached_at_the_best_quality(counted):
+    pipe = TINY_PIPELINES["flux"][0]()
+    methods, probe = ["first_block_cache", "magcache"], probe_of("flux")
+    accelerate_pipeline(pipe, methods, target_speedup=1.3, probe=probe)
+    choice = acceleration_report(pipe).choice
+    assert choice.chosen.speedup >= 1.3
+    fast = [point for point in choice.points if point.speedup >= 1.3]
+    assert choice.chosen.low_psnr == max(point.low_psnr for point in fast)
+    assert any("magcache" in name for name in choice.refused)
+
+
+def test_a_second_budget_is_served_from_what_was_measured(counted, cache_home, monkeypatch):
+    pipe = TINY_PIPELINES["wan"][0]()
+    methods, given = (
+        ["gna", "first_block_cache", "easycache"],
+        {"probe": probe_of("wan"), "min_tokens": 0},
+    )
+    accelerate_pipeline(pipe, methods, max_error=0.3, **given)
+    first = acceleration_report(pipe).choice
+    assert len(list((cache_home / "choices").iterdir())) == 1
+
+    def never(self):
+        raise AssertionError("generated again")
+
+    monkeypatch.setattr(trials.Trials, "_generate", never)
+    accelerate_pipeline(pipe, methods, max_error=0.3, **given)
+    assert acceleration_report(pipe).choice.chosen == first.chosen
+
+
+def test_a_calibration_serves_its_model_its_size_and_its_steps(tmp_path, counted):
+    build, arguments = TINY_PIPELINES["wan"]
+    pipe, path = build(), tmp_path / "auto.json"
+    budget = Budget(max_error=0.5)
+    made = calibrate_auto(pipe, budget, probe_of("wan"), names=["first_block_cache"])
+    made.save(path)
+    assert not hasattr(pipe, "_dit_accel")
+    accelerate_pipeline(pipe, max_error=0.5, calibration=path)
+    assert acceleration_report(pipe).method == "first_block_cache"
+    run_tiny(pipe, {**arguments, "num_inference_steps": 8})
+    with pytest.raises(OptionError, match=r"8 steps.*has .* and 3: use those"):
+        run_tiny(pipe, {**arguments, "num_inference_steps": 3})
+    larger = {**arguments, "num_inference_steps": 9, "height": 128}
+    with pytest.raises(OptionError, match="made for a token grid of"):
+        run_tiny(pipe, larger)
+    with pytest.raises(OptionError, match="made with weights"):
+        accelerate_pipeline(build(seed=3), calibration=path)
+    content = json.loads(path.read_text())
+    for name, value in {"dit_accel": "0", "gpu": "another", "pipeline": "OtherPipeline"}.items():
+        about = {**content["circumstances"], name: value}
+        path.write_text(json.dumps({**content, "circumstances": about}))
+        with pytest.raises(OptionError, match=f"made with {name.replace('_', ' ')} {value}"):
+            accelerate_pipeline(pipe, calibration=path)
+    path.write_text("{")
+    with pytest.raises(OptionError, match="can't be read"):
+        accelerate_pipeline(pipe, calibration=path)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "says"),
+    [
+        ("auto", {"min_psnr": -3}, "min_psnr=-3"),
+        ("auto", {"min_psnr": 30, "density": 0.5}, "leave one out"),
+        (["auto", "easycache"], {"min_psnr": 30}, "give 'auto' alone"),
+        ("auto", {"min_psnr": 30, "threshold": 0.1}, "belong to a method by name"),
+        ("auto", {"min_psnr": 30, "probe": {}, "calibration": "a.json"}, "leave one out"),
+        ("auto", {"min_psnr": 30}, "say what to try"),
+        ("auto", {"calibration": "nowhere.json"}, "can't be read"),
+        ("auto", {"min_psnr": 30, "probe": [3]}, "keyword arguments of pipe"),
+        ("pag", {"min_psnr": 30, "probe": PROMPTS}, "no strength that a budget"),
+    ],
+    ids=str,
+)
+def test_bad_input(method, given, says):
+    pipe = TINY_PIPELINES["wan"][0]()
+    with pytest.raises(OptionError, match=says):
+        accelerate_pipeline(pipe, method, **given)
+    assert not hasattr(pipe, "_dit_accel")
+
+
+def test_what_cannot_be_met_says_what_can(counted):
+    pipe = TINY_PIPELINES["flux"][0]()
+    accelerate_pipeline(pipe, "dense")
+    caches, probe = ["first_block_cache", "magcache"], probe_of("flux")
+    with pytest.raises(OptionError, match=r"out of reach here. The fastest tried is first_block"):
+        accelerate_pipeline(pipe, caches, target_speedup=9, probe=probe)
+    assert acceleration_report(pipe).method == "dense"  # what was attached before is back
+
+
+def test_short_sequences_stay_dense_and_no_attention_is_tried(counted):
+    build, arguments = TINY_PIPELINES["wan"]
+    pipe = build()
+    accelerate_pipeline(pipe, "gna", min_psnr=20, probe=probe_of("wan"))
+    choice = acceleration_report(pipe).choice
+    assert choice.points == ()
+    assert "stays dense" in choice.why
+    accelerate_pipeline(pipe)
+    run_tiny(pipe, arguments)
+    report = acceleration_report(pipe)
+    assert report.density == 1
+    assert {call.reason.split(", ")[-1] for call in report.calls} <= {"fewer than min_tokens"}
+
+
+def fake_times(monkeypatch, dense: float, sparse: float):
+    """Let attention take these shares of a forward in all."""
+
+    def seconds(self, method, place):
+        self.sources["a test's table"] = None
+        return dense if method is None else sparse
+
+    monkeypatch.setattr(AttentionTimes, "seconds", seconds)
+
+
+@pytest.mark.parametrize(("sparse", "stays"), [(10.0, True), (0.0, False)])
+def test_auto_stays_dense_where_it_would_not_pay(sparse, stays, monkeypatch):
+    build, arguments = TINY_PIPELINES["wan"]
+    pipe = build()
+    fake_times(monkeypatch, 5.0, sparse)  # a forward takes far less, so only the sign counts
+    accelerate_pipeline(pipe, min_tokens=0, density=0.5)
+    run_tiny(pipe, {**arguments, "num_inference_steps": 8})
+    report = acceleration_report(pipe)
+    reasons = {call.reason for call in report.calls}
+    assert any("under 1.05x" in reason for reason in reasons) == stays
+    assert (report.density == 1) == stays
+    told = [note for note in report.notes if note.startswith("predicted at")]
+    assert len(told) == 1
+    assert "a test's table" in told[0]
+    assert ("stays dense" in told[0]) == stays
+
+
+def test_a_method_by_name_runs_as_asked_and_the_report_warns(monkeypatch):
+    build, arguments = TINY_PIPELINES["wan"]
+    pipe = build()
+    fake_times(monkeypatch, 5.0, 10.0)
+    accelerate_pipeline(pipe, "gna", density=0.5, min_tokens=0, dense_steps=1, block_size=16)
+    run_tiny(pipe, arguments)
+    report = acceleration_report(pipe)
+    assert report.density < 1
+    assert any("not expected to be faster" in note for note in report.notes)
+
+
+def test_a_method_by_name_is_never_measured_for_that():
+    pipe = TINY_PIPELINES["wan"][0]()
+    accelerate_pipeline(pipe, "gna", density=0.5)
+    runtime = pipe._dit_accel.runtime
+    (forecast,) = (s for s in runtime.sessions if isinstance(s, Forecast))
+    assert not forecast.times.measuring
+    assert not forecast.binding
+
+
+def test_lines_are_within_reach_and_have_enough_blocks():
+    from dit_accel.call import TokenLayout
+
+    small, large = TokenLayout((9, 16, 16)), TokenLayout((21, 45, 80))
+    assert (block_size_for(small), block_size_for(large)) == (32, 128)
+    lines = attention_lines(small, {"dense_steps": 0.25})
+    assert {line.method for line in lines} >= {"gna", "pisa", "psa", "rectified", "radial"}
+    for line in lines:
+        assert list(line.values) == sorted(line.values, reverse=True)
+        assert line.at(0).options["density"] == line.values[0]
+    for line in cache_lines():
+        assert list(line.values) == sorted(line.values)
