@@ -17,11 +17,7 @@ from torch import Tensor, nn
 from dit_accel import compat
 from dit_accel.caching.brought import brought_options
 from dit_accel.composition import MethodChoice, check_general, compose, members
-from dit_accel.errors import (
-    ContextParallelError,
-    OptionError,
-    UnknownPipelineError,
-)
+from dit_accel.errors import OptionError, UnknownPipelineError
 from dit_accel.kinds import Method
 from dit_accel.methods.base import AttentionMethod, check_density
 from dit_accel.operators import check_backend
@@ -310,7 +306,7 @@ class Acceleration:
             off = sum(backend != member for backend in backends) if member is not None else 0
             if off:
                 warn_switched_off(runtime, off, len(layers))
-            parallel = getattr(layers[0].processor, "_parallel_config", None) is not None
+            parallel = compat.parallel_config(module)
             named = arguments_by_name(module, args, kwargs)
             return (), runtime.enter(module, named, len(layers), parallel)
 
@@ -394,23 +390,8 @@ def _compilable(name: str, runtime: Runtime) -> tuple[Callable[..., Tensor], Und
         value: Tensor,
         attn_mask: Tensor | None = None,
         scale: float | None = None,
-        _parallel_config: Any = None,
     ) -> Tensor:
-        if _parallel_config is None:
-            return attend(query, key, value, attn_mask, scale)
-        if compat.ring_degree(_parallel_config) > 1:
-            raise ContextParallelError(
-                "ring attention hands out keys in pieces, which a sparse pattern can't use: "
-                "choose ContextParallelConfig(ulysses_degree=...)."
-            )
-        return compat.ulysses_attention(
-            query,
-            key,
-            value,
-            scale=scale,
-            parallel_config=_parallel_config,
-            forward=lambda q, k, v: attend(q, k, v, attn_mask, scale),
-        )
+        return attend(query, key, value, attn_mask, scale)
 
     return backend, library._destroy
 

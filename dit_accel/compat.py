@@ -94,39 +94,6 @@ def dense_attention(
     )
 
 
-def ulysses_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | None,
-    parallel_config: Any,
-    forward: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Run ``forward`` on whole sequences with a share of the heads, by diffusers' Ulysses."""
-    from diffusers.models.attention_dispatch import _templated_context_parallel_attention
-
-    def forward_op(
-        _ctx: Any, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any
-    ) -> Tensor:
-        return forward(query, key, value)
-
-    return _templated_context_parallel_attention(
-        query,
-        key,
-        value,
-        None,
-        0.0,
-        False,
-        scale,
-        False,
-        False,
-        forward_op=forward_op,
-        backward_op=None,
-        _parallel_config=parallel_config,
-    )
-
-
 def compile_options(compiling: bool | Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the arguments for ``torch.compile``, or None not to compile.
 
@@ -187,15 +154,16 @@ def compile_blocks(
     return undo
 
 
-def ring_degree(parallel_config: Any) -> int:
-    """Return how many ranks a parallel config splits keys and values over."""
-    context = getattr(parallel_config, "context_parallel_config", None)
-    return int(getattr(context, "ring_degree", 1) or 1)
+def sequence_mesh(parallel_config: Any) -> tuple[Any, Any]:
+    """Return the device meshes of a config's Ulysses ranks and of its ring."""
+    context = parallel_config.context_parallel_config
+    return context._ulysses_mesh, context._ring_mesh
 
 
-def parallel_config(layers: list[Any]) -> Any:
-    """Return the parallel config that diffusers gave these attention layers, if any."""
-    return getattr(layers[0].processor, "_parallel_config", None) if layers else None
+def parallel_config(transformer: Any) -> Any:
+    """Return the config under which diffusers spreads this model's tokens over ranks, if it does."""
+    config = getattr(transformer, "_parallel_config", None)
+    return config if getattr(config, "context_parallel_config", None) is not None else None
 
 
 def sum_over_sequence(parallel_config: Any, values: Tensor) -> Tensor:

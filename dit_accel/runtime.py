@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from dit_accel.call import AttentionCall, TokenLayout, text_back, text_last
 from dit_accel.compat import dense_attention
-from dit_accel.errors import ContextParallelError, OptionError
+from dit_accel.errors import OptionError
 from dit_accel.grid import RASTER, TokenOrder
 from dit_accel.kernels.precision import check_device
+from dit_accel.kernels.statistics import BlockStatistics
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.methods.selecting import SelectingMethod
 from dit_accel.operators import AttentionOutput, Operator, choose_operator, make_operators
+from dit_accel.parallel.context import ContextParallel
+from dit_accel.parallel.split import Split, Streams
 from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
 from dit_accel.plan import AttentionPlan, BlockSparsePlan, DensePlan, JointPlan, PastJointPlan
 from dit_accel.report import CallRecord, Recorder, time_mark
@@ -60,6 +63,7 @@ class Runtime:
         self.shuffle = TokenShuffle()
         self.layer: Tensor | None = None  # 0-d, so that all compiled blocks share one graph
         self._operators = make_operators(precision)
+        self._parallel = ContextParallel(self.recorder, backend, self._operators, self._record_call)
         self._started: tuple[Moment, Any] | None = None  # of the running forward, and when
         self._running: RunningForward | None = None
         self._methods: dict[TokenLayout, AttentionMethod] = {}
@@ -77,9 +81,12 @@ class Runtime:
     # ------------------------------------------------------------------ one transformer call
 
     def enter(
-        self, transformer: nn.Module, kwargs: dict[str, Any], num_layers: int, parallel: bool
+        self, transformer: nn.Module, kwargs: dict[str, Any], num_layers: int, parallel: Any
     ) -> dict[str, Any]:
-        """Prepare one forward of ``transformer``; return the arguments to run it with."""
+        """Prepare one forward of ``transformer``; return the arguments to run it with.
+
+        ``parallel`` is the config under which diffusers spreads its tokens over ranks, if it does.
+        """
         check_device(self.precision, kwargs["hidden_states"].device)
         moment = self.tracker.advance(kwargs.get("timestep"))
         if moment.generation != self.recorder.generation:
@@ -110,6 +117,7 @@ class Runtime:
     def _forget_forward(self) -> None:
         self._running = None
         self.shuffle.gather = self.shuffle.scatter = None
+        self.shuffle.rank, self.shuffle.ranks = 0, 1
 
     def _enter_attention(
         self,
@@ -117,16 +125,10 @@ class Runtime:
         kwargs: dict[str, Any],
         moment: Moment,
         num_layers: int,
-        parallel: bool,
+        parallel: Any,
     ) -> dict[str, Any]:
         inputs = self.family.read_inputs(transformer, kwargs)
         layout = inputs.layouts[0]
-        if parallel and layout.text_length:
-            raise ContextParallelError(
-                "context parallelism interleaves text and video tokens in this family; "
-                "accelerate_pipeline can't follow that yet: restore_pipeline first, or run "
-                "without enable_parallelism."
-            )
         resolution, method = self._method_now(layout)
         if method is None:
             return kwargs
@@ -138,9 +140,15 @@ class Runtime:
         wanted = method.token_order(layout.grid)
         call = AttentionCall(layout, step=moment.step, num_steps=moment.num_steps)
         dense_step = resolution is None and self.schedule.dense_step_reason(call) is not None
-        order = RASTER
-        if not dense_step:
-            order = self._reorder(inputs, wanted, parallel, kwargs["hidden_states"].device)
+        order, split, kwargs = RASTER, None, inputs.kwargs
+        if parallel is not None:
+            make = partial(self._static_plan, method, layout, wanted, kwargs["hidden_states"].device)
+            order = wanted
+            split, kwargs = self._parallel.enter(
+                parallel, self.family, inputs, method, wanted, self.shuffle, make
+            )
+        elif not dense_step:
+            order = self._reorder(inputs, wanted, kwargs["hidden_states"].device)
         self._running = RunningForward(
             inputs.layouts,
             method,
@@ -152,8 +160,9 @@ class Runtime:
             dense_step,
             id(transformer),
             resolution,
+            split=split,
         )
-        return inputs.kwargs
+        return kwargs
 
     def _method_now(
         self, layout: TokenLayout
@@ -170,16 +179,16 @@ class Runtime:
         self,
         inputs: ForwardInputs,
         wanted: TokenOrder,
-        parallel: bool,
         device: torch.device,
     ) -> TokenOrder:
         """Put this forward's tokens into the wanted order if possible; return their order."""
         layout = inputs.layouts[0]
         if wanted.is_raster and not inputs.tail_first:
             return RASTER
-        reason = "context parallelism is on" if parallel else inputs.keep_order
-        if reason is not None:
-            self.recorder.note(f"tokens are reordered in every layer, not once per step: {reason}")
+        if inputs.keep_order is not None:
+            self.recorder.note(
+                f"tokens are reordered in every layer, not once per step: {inputs.keep_order}"
+            )
             return RASTER
         key = (layout.grid, wanted, inputs.tail_first, device)
         if key not in self._indices:
@@ -201,7 +210,53 @@ class Runtime:
         scale: float | None,
         layer: Tensor | None,
     ) -> Tensor:
-        """Run one layer's attention on ``[B, N, H, D]`` and record what was done."""
+        """Run one layer's attention on ``[B, N, H, D]`` and record what was done.
+
+        Under context parallelism these are the tokens that this rank holds.
+        """
+        running = self._running
+        if running is None or running.split is None or query.shape[1] != key.shape[1]:
+            return self._whole(query, key, value, mask, scale, layer)
+        return running.split.attend(
+            (query, key, value),
+            lambda qkv: self._whole(*qkv, None, scale, layer),
+            partial(self._ring, scale=scale, layer=layer, running=running),
+        )
+
+    def _ring(
+        self, split: Split, *streams: Streams, scale: float | None, layer: Tensor | None,
+        running: RunningForward,
+    ) -> Streams:  # fmt: skip
+        """Run one layer's attention over the parts of a ring."""
+        layout = running.layouts[0] if streams[0][1] is not None else running.image_layout
+        call = self._call(running, layer, layout)
+
+        def make(q: Tensor, k: Tensor, v: Tensor, known: BlockStatistics | None) -> AttentionPlan:
+            last = replace(call, layout=replace(layout, text_first=False))
+            return self._plan(q, k, v, last, running, known)
+
+        return self._parallel.ring(
+            split, *streams, call=call, reason=self.schedule.dense_reason(call),
+            method=running.method, scale=scale, make=make,
+        )  # fmt: skip
+
+    def _call(
+        self, running: RunningForward, layer: Tensor | None, layout: TokenLayout
+    ) -> AttentionCall:
+        index, moment = 0 if layer is None else int(layer), running.moment
+        steps = moment.step, moment.num_steps, moment.branch
+        return AttentionCall(layout, index, running.num_layers, *steps)
+
+    def _whole(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        layer: Tensor | None,
+    ) -> Tensor:
+        """Run one layer's attention on whole sequences."""
         output = self._attend(query, key, value, mask, scale, layer)
         if layer is not None and self._running is not None and query.shape[1] == key.shape[1]:
             for session in self.sessions:
@@ -221,12 +276,8 @@ class Runtime:
         running = self._running
         if running is None or query.shape[1] != key.shape[1]:
             return self._dense(query, key, value, mask, scale)
-        index = 0 if layer is None else int(layer)
         layouts = tuple(running.layout_of(query.shape[1], layout) for layout in running.layouts)
-        moment = running.moment
-        call = AttentionCall(
-            layouts[0], index, running.num_layers, moment.step, moment.num_steps, moment.branch
-        )
+        call = self._call(running, layer, layouts[0])
         reason = None if running.resolution else self.schedule.dense_reason(call)
         if not running.mask_explained:
             reason = reason or "the model masks text in the middle"
@@ -396,7 +447,9 @@ class Runtime:
         value: Tensor,
         call: AttentionCall,
         running: RunningForward,
+        known: BlockStatistics | None = None,
     ) -> AttentionPlan:
+        """Return what to attend to; ``known`` statistics are not made of the tokens again."""
         method, order = running.method, running.wanted
         if self.density == 1 and running.resolution is None:
             return DensePlan("density=1", order)
@@ -404,12 +457,19 @@ class Runtime:
             # Some layers see the video alone, and samples have texts of different lengths.
             method = self._method_for(call.layout)
         if isinstance(method, SelectingMethod) and method.refresh_every > 1:
-            return self._reused_plan(query, key, value, call, method, running)
+            return self._reused_plan(query, key, value, call, method, running, known)
+        if isinstance(method, SelectingMethod):
+            return method.plan_by(None, call, query, key, value, order, known)[0]
         if not isinstance(method, StaticMethod):
             return method.plan(call, query, key, value, order)
-        where = (method, call.layout, order, query.device)
-        if where not in self._plans:
-            self._plans[where] = method.plan(call, query, key, value, order)
+        return self._static_plan(method, call.layout, order, query.device)
+
+    def _static_plan(
+        self, method: AttentionMethod, layout: TokenLayout, order: TokenOrder, device: torch.device
+    ) -> AttentionPlan:
+        where = (method, layout, order, device)
+        if where not in self._plans and isinstance(method, StaticMethod):
+            self._plans[where] = method.plan_layout(layout, order, device)
         return self._plans[where]
 
     def _reused_plan(
@@ -420,6 +480,7 @@ class Runtime:
         call: AttentionCall,
         method: SelectingMethod,
         running: RunningForward,
+        known: BlockStatistics | None,
     ) -> AttentionPlan:
         """Plan by the choice that this layer and branch made a few steps ago, while that serves."""
         transformer, sample, order = running.transformer, running.sample, running.wanted
@@ -428,7 +489,7 @@ class Runtime:
         step = call.step
         if step is None or made is None or not made <= step < made + method.refresh_every:
             selection, made = None, step
-        plan, selection = method.plan_by(selection, call, query, key, value, order)
+        plan, selection = method.plan_by(selection, call, query, key, value, order, known)
         if made is not None and selection is not None:
             self._selections[where] = made, selection
         return plan
@@ -457,6 +518,11 @@ class Runtime:
         self.recorder.calls.append(
             CallRecord(call.step, call.layer, call.branch, past, operator, precision, reason)
         )
+
+    def _record_call(
+        self, call: AttentionCall, plan: AttentionPlan, operator: str, query: Tensor, reason: str
+    ) -> None:
+        self._record(call, plan, operator, self.precision or _dtype_name(query), reason)
 
     def _call_indices(
         self, layout: TokenLayout, running: RunningForward, device: torch.device

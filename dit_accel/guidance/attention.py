@@ -118,9 +118,8 @@ class HeadPerturbation(Perturbation):
         joint = "text" in family.block_output
         text = kwargs["encoder_hidden_states"].shape[1] if joint else 0
         self.rows = _Rows(text, family.text_first)
-        layers = family.attention_layers(forward.transformer)
         local = self.target == "identity" and (self.scope == "joint" or not joint)
-        if compat.parallel_config(layers) is not None and not local:
+        if compat.parallel_config(forward.transformer) is not None and not local:
             raise ContextParallelError(
                 f"perturbation={self.target!r} with scope={self.scope!r} needs all tokens at once, "
                 "which context parallelism spreads: choose 'identity' and 'joint'."
