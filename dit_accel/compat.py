@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.errors import OptionError, did_you_mean
+from dit_accel.errors import ContextParallelError, OptionError, did_you_mean
 
 OWN_BACKENDS = "dit_accel_"
 """Prefix of the names under which accelerations register."""
@@ -164,6 +164,58 @@ def parallel_config(transformer: Any) -> Any:
     """Return the config under which diffusers spreads this model's tokens over ranks, if it does."""
     config = getattr(transformer, "_parallel_config", None)
     return config if getattr(config, "context_parallel_config", None) is not None else None
+
+
+def spread_over_ranks(
+    transformer: Any, ring: int, ulysses: int, mesh: Any, plan: dict[str, Any] | None
+) -> None:
+    """Turn diffusers' context parallelism on for a transformer.
+
+    Args:
+        transformer: a diffusers model.
+        ring: ranks of a ring; ``ulysses`` ranks of each of its parts.
+        mesh: device mesh with dimensions "ring" and "ulysses", and maybe others.
+        plan: where tokens are split; None for the model's own plan.
+
+    Raises:
+        ContextParallelError: if this diffusers can't.
+    """
+    try:
+        from diffusers import ContextParallelConfig
+    except ImportError as error:
+        raise ContextParallelError(
+            "context parallelism needs diffusers 0.36 or newer: upgrade it."
+        ) from error
+    options: dict[str, Any] = {}
+    if "mesh" in inspect.signature(ContextParallelConfig).parameters:
+        options["mesh"] = mesh
+    elif mesh.ndim > 2:
+        raise ContextParallelError(
+            "CFG parallelism together with context parallelism needs a newer diffusers: upgrade "
+            "it, or choose one of the two."
+        )
+    config = ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses, **options)
+    own = plan if getattr(transformer, "_cp_plan", None) is None else None
+    counted = torch.accelerator.device_count
+    if counted() == 0:  # diffusers divides by it, also where all ranks are on the CPU
+        torch.accelerator.device_count = lambda: 1
+    try:
+        transformer.enable_parallelism(config=config, cp_plan=own)
+    finally:
+        torch.accelerator.device_count = counted
+
+
+def gathered_from_ranks(transformer: Any, plan: dict[str, Any] | None) -> None:
+    """Undo `spread_over_ranks`."""
+    from diffusers.hooks.context_parallel import remove_context_parallel
+
+    own = getattr(transformer, "_cp_plan", None)
+    remove_context_parallel(transformer, own if own is not None else plan)
+    transformer._parallel_config = None
+    for module in transformer.modules():
+        processor = getattr(module, "processor", None)
+        if getattr(processor, "_parallel_config", None) is not None:
+            processor._parallel_config = None
 
 
 def sum_over_sequence(parallel_config: Any, values: Tensor) -> Tensor:

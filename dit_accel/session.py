@@ -254,7 +254,7 @@ class Interception:
     def renew(self) -> None:
         """Take the first place again if ``module.compile()`` took it."""
         current = self.module.__dict__.get(_SLOT)
-        if current is not self:
+        if self not in _standing(current):
             self.inner = current
             self.module.__dict__[_SLOT] = self
 
@@ -302,7 +302,17 @@ def intercept_pipeline(pipe: Any, run: Run) -> Undo:
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called, interceptions aside."""
     slot = module.__dict__.get(_SLOT)
-    return (slot.inner if isinstance(slot, Interception) else slot) is not None
+    standing = _standing(slot)
+    return (standing[-1].inner if standing else slot) is not None
+
+
+def _standing(slot: Any) -> list[Interception]:
+    """Return the interceptions in front of a module, the outermost first."""
+    found = []
+    while isinstance(slot, Interception):
+        found.append(slot)
+        slot = slot.inner
+    return found
 
 
 def arguments_by_name(

@@ -89,7 +89,8 @@ class RingCall:
         if method.reads_tokens or text_key is not None:
             query, key = (gathered_tokens(self._even(x), self.split) for x in (query, key))
             if text_key is not None:
-                key = torch.cat([key, text_key], 1)
+                # Of the text nobody reads the queries: they only have to be as many.
+                query, key = (torch.cat([x, text_key], 1) for x in (query, key))
         return make(query, key, value, statistics)
 
     def attend(self, plan: AttentionPlan, q: Streams, k: Streams, v: Streams) -> Streams:
