@@ -161,7 +161,7 @@ def sequence_mesh(parallel_config: Any) -> tuple[Any, Any]:
 
 
 def parallel_config(transformer: Any) -> Any:
-    """Return the config under which diffusers spreads this model's tokens over ranks, if it does."""
+    """Return the config by which diffusers spreads a model's tokens over ranks, if it does."""
     config = getattr(transformer, "_parallel_config", None)
     return config if getattr(config, "context_parallel_config", None) is not None else None
 
@@ -209,11 +209,11 @@ def gathered_from_ranks(transformer: Any, plan: dict[str, Any] | None) -> None:
     """Undo `spread_over_ranks`."""
     from diffusers.hooks.context_parallel import remove_context_parallel
 
-    own = getattr(transformer, "_cp_plan", None)
+    own: Any = getattr(transformer, "_cp_plan", None)
     remove_context_parallel(transformer, own if own is not None else plan)
     transformer._parallel_config = None
     for module in transformer.modules():
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if getattr(processor, "_parallel_config", None) is not None:
             processor._parallel_config = None
 

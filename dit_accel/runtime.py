@@ -142,7 +142,9 @@ class Runtime:
         dense_step = resolution is None and self.schedule.dense_step_reason(call) is not None
         order, split, kwargs = RASTER, None, inputs.kwargs
         if parallel is not None:
-            make = partial(self._static_plan, method, layout, wanted, kwargs["hidden_states"].device)
+            make = partial(
+                self._static_plan, method, layout, wanted, kwargs["hidden_states"].device
+            )
             order = wanted
             split, kwargs = self._parallel.enter(
                 parallel, self.family, inputs, method, wanted, self.shuffle, make

@@ -155,7 +155,8 @@ def _joint_forward(
 
     Pointers from ``k2_ptr`` to ``added`` are None where nothing of that kind is attended or
     applied, which leaves its code out. There are ``num_queries`` video queries and ``num_video``
-    video keys; they differ only where there is no text. Long for the same reason as `block_sparse`'s kernel.
+    video keys; they differ only where there is no text. Long for the same reason as
+    `block_sparse`'s kernel.
     """
     LN2: tl.constexpr = 0.6931471805599453
     # Which rows: text queries first, because they visit every key and take the longest.

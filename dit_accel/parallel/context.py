@@ -21,7 +21,14 @@ from dit_accel.parallel.ring import Make, RingCall
 from dit_accel.parallel.shares import Shares, deal, imbalance
 from dit_accel.parallel.split import Split, Streams
 from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
-from dit_accel.plan import EMPTY, AttentionPlan, BlockSparsePlan, DensePlan, JointPlan, dense_block_states
+from dit_accel.plan import (
+    EMPTY,
+    AttentionPlan,
+    BlockSparsePlan,
+    DensePlan,
+    JointPlan,
+    dense_block_states,
+)
 from dit_accel.report import Recorder
 
 UNIT = 128
@@ -195,5 +202,3 @@ def _work(plan: AttentionPlan, unit: int) -> Tensor | None:
         return None
     lengths = tile_lengths(plan.layout.video_length, unit, visited.device).double()
     return (visited @ lengths) * lengths
-
-

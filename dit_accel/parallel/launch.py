@@ -159,6 +159,17 @@ def agree(what: Mapping[str, Any]) -> None:
                 )
 
 
+def rank_mesh(device: str, shape: tuple[int, ...], names: tuple[str, ...], timeout_s: float) -> Any:
+    """Return a mesh of all ranks whose exchanges give up after ``timeout_s`` seconds."""
+    from torch.distributed import distributed_c10d
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(torch.device(device).type, shape, mesh_dim_names=names)
+    for name in names:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), mesh[name].get_group())
+    return mesh
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Let the failure of one rank end all, with its message on each.

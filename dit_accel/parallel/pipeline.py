@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +14,14 @@ from dit_accel import compat
 from dit_accel.errors import ContextParallelError, OptionError
 from dit_accel.parallel.groups import Axis
 from dit_accel.parallel.guided import GuidedRanks
-from dit_accel.parallel.launch import TIMEOUT_S, Degrees, agree, join_ranks
+from dit_accel.parallel.launch import (
+    DEGREES,
+    TIMEOUT_S,
+    Degrees,
+    agree,
+    join_ranks,
+    rank_mesh,
+)
 from dit_accel.pipelines.base import Undo
 from dit_accel.session import Interception, arguments_by_name
 from dit_accel.tracking import CallTracker
@@ -81,7 +87,8 @@ class _ParallelPipeline:
         self._undo: list[Undo] = []
         self._undone = False  # an interception that others stand in front of stays
         self._checked: int | None = None  # generation whose inputs were compared
-        mesh = _mesh(pipe.transformer.device.type, degrees, timeout_s)
+        shape = degrees.cfg, degrees.ring, degrees.ulysses
+        mesh = rank_mesh(pipe.transformer.device.type, shape, DEGREES, timeout_s)
         cfg = mesh["cfg"]
         axis = Axis(cfg.size(), cfg.get_local_rank(), cfg.get_group())
         self.guided = GuidedRanks(axis, pipe, self.tracker) if degrees.cfg > 1 else None
@@ -150,15 +157,3 @@ def _sums(named: dict[str, Any]) -> tuple[float, ...]:
     names = ("hidden_states", "encoder_hidden_states", "timestep")
     tensors = [named[name] for name in names if isinstance(named.get(name), torch.Tensor)]
     return tuple(tensor.double().sum().item() for tensor in tensors)
-
-
-def _mesh(device: str, degrees: Degrees, timeout_s: float) -> Any:
-    """Return the mesh of all ranks, neighbours sharing heads."""
-    from torch.distributed import distributed_c10d
-    from torch.distributed.device_mesh import init_device_mesh
-
-    shape = (degrees.cfg, degrees.ring, degrees.ulysses)
-    mesh = init_device_mesh(device, shape, mesh_dim_names=("cfg", "ring", "ulysses"))
-    for name in mesh.mesh_dim_names or ():
-        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), mesh[name].get_group())
-    return mesh

@@ -18,6 +18,7 @@ from torch import Tensor
 from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.errors import ContextParallelError
 from dit_accel.grid import RASTER
+from dit_accel.kernels.merge import merge_with_lse
 from dit_accel.kernels.statistics import block_statistics
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.methods.selecting import SelectingMethod
@@ -96,23 +97,22 @@ class RingCall:
     def attend(self, plan: AttentionPlan, q: Streams, k: Streams, v: Streams) -> Streams:
         """Return the output of this part's queries, padding included."""
         text_key, text_value = self.text(k[1]), self.text(v[1])
-        image, text = _Merged.of(q[0]), None if q[1] is None else _Merged.of(q[1])
+        ring, image, text = self.split.group.ring, _Merged(), _Merged()
         if text_key is not None and text_value is not None:
             image.add(*dense_with_lse(q[0], text_key, text_value, self.scale))
-        if text is not None and q[1] is not None:
-            text.add(*dense_with_lse(q[1], text_key, text_value, self.scale))
-        for part, key, value in rotate(self.split.group.ring, k[0], v[0]):
+            if q[1] is not None:
+                text.add(*dense_with_lse(q[1], text_key, text_value, self.scale))
+        for part, key, value in rotate(ring, k[0], v[0]):
             count = self.split.shares.count(part)
-            if text is not None and q[1] is not None:
+            if q[1] is not None:
                 text.add(*dense_with_lse(q[1], key[:, :count], value[:, :count], self.scale))
             found = self._meet(plan, part, q[0], key, value)
             if found is not None:
-                image.add(*found)
-        out = image.output
+                image.add(*found, last=part == (ring.rank + 1) % ring.size)
+        out = image.result(q[0])
         if isinstance(plan, JointPlan):
-            out = self._finished(plan, out)
-        dtype = q[0].dtype
-        return out.to(dtype), None if text is None else text.output.to(dtype)
+            out = self._finished(plan, out).to(q[0].dtype)
+        return out, None if q[1] is None else text.result(q[1])
 
     def text(self, tokens: Tensor | None) -> Tensor | None:
         """Return the text tokens of all parts, without padding."""
@@ -140,7 +140,9 @@ class RingCall:
         lse = torch.cat([lse, lse.new_zeros(*lse.shape[:2], missing)], -1)
         return padded(out, query.shape[1]), lse
 
-    def _run(self, plan: SparsePlan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, plan: SparsePlan, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
         out, lse = self.choose(plan, query).run(
             query, key, value, plan, scale=self.scale, return_lse=True
         )
@@ -178,7 +180,9 @@ class RingCall:
     def _finished(self, plan: JointPlan, out: Tensor) -> Tensor:
         """Apply what a plan does to the rows of a query block, to merged outputs."""
         shares, own = self.split.shares, self.split.group.ring.rank
-        rows = torch.cat([shares.places[own], shares.places[own][-1:].expand(shares.length - shares.count(own))])
+        rows = torch.cat(
+            [shares.places[own], shares.places[own][-1:].expand(shares.length - shares.count(own))]
+        )
         block = rows // plan.query_block
         if plan.row_factor is not None:
             out = out * plan.row_factor[:, :, block].transpose(1, 2).unsqueeze(-1)
@@ -258,20 +262,17 @@ def _filled(places: Tensor, length: int) -> Tensor:
 class _Merged:
     """Attention over some sets of keys, put together as they come."""
 
-    output: Tensor  # [B, N, H, D], in float32 at least
+    output: Tensor | None = None  # [B, N, H, D]
     lse: Tensor | None = None  # [B, H, N]
 
-    @classmethod
-    def of(cls, query: Tensor) -> _Merged:
-        return cls(query)
-
-    def add(self, output: Tensor, lse: Tensor) -> None:
-        """Merge attention over further keys."""
-        output = output.to(torch.promote_types(output.dtype, torch.float32))
-        if self.lse is None:
+    def add(self, output: Tensor, lse: Tensor, last: bool = False) -> None:
+        """Merge attention over further keys; the ``last`` of them in its own dtype."""
+        if self.output is None or self.lse is None:
             self.output, self.lse = output, lse
             return
-        share = torch.sigmoid(lse - self.lse).nan_to_num(0.0)  # where no key is in either
-        self.output = torch.lerp(self.output, output, share.transpose(1, 2).unsqueeze(-1))
-        self.lse = torch.logaddexp(self.lse, lse)
+        dtype = output.dtype if last else torch.promote_types(output.dtype, torch.float32)
+        self.output, self.lse = merge_with_lse(self.output, self.lse, output, lse, dtype)
 
+    def result(self, like: Tensor) -> Tensor:
+        """Return what was attended, 0 where there was nothing, in the dtype of the queries."""
+        return torch.zeros_like(like) if self.output is None else self.output.to(like.dtype)

@@ -66,6 +66,7 @@ def deal(
         ContextParallelError: if there are fewer units than parts.
     """
     count, device = len(permutation), permutation.device
+    places: tuple[Tensor, ...]
     if ring == 1:
         places = (torch.arange(count, device=device),)
     else:
@@ -80,7 +81,9 @@ def deal(
     parts = [torch.cat([first, permutation[part]]) for part in places]
     padded = [torch.cat([part, part[-1:].expand(length - len(part))]) for part in parts]
     gather = torch.cat(padded)
-    if len(gather) == count + tail and bool((gather == torch.arange(len(gather), device=device)).all()):
+    if len(gather) == count + tail and bool(
+        (gather == torch.arange(len(gather), device=device)).all()
+    ):
         return Shares(places, length, None, None)
     scatter = gather.new_empty(count + tail)
     for part, tokens in enumerate(parts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ _SUMS = frozenset({"moment"})
 _COUNTS = {"query_counts": _OF_QUERIES, "key_counts": frozenset()}
 
 
-def gathered_statistics(local: BlockStatistics, split: Split, sizes: tuple[int, int]) -> BlockStatistics:
+def gathered_statistics(
+    local: BlockStatistics, split: Split, sizes: tuple[int, int]
+) -> BlockStatistics:
     """Return the statistics of all blocks in the method's order, from each part's own.
 
     Args:
@@ -25,7 +28,7 @@ def gathered_statistics(local: BlockStatistics, split: Split, sizes: tuple[int, 
         split: who holds what.
         sizes: tokens per query block and per key block.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for field in fields(local):
         value = getattr(local, field.name)
         if not isinstance(value, Tensor) or field.name in _COUNTS:

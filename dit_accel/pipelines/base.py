@@ -192,7 +192,10 @@ class PipelineFamily(ABC):
 
     def pad_text(self, kwargs: dict[str, Any], extra: int) -> dict[str, Any]:
         """Return the arguments with ``extra`` text tokens behind, which nobody will attend to."""
-        return {**kwargs, "encoder_hidden_states": padded(kwargs["encoder_hidden_states"], 1, extra)}
+        return {
+            **kwargs,
+            "encoder_hidden_states": padded(kwargs["encoder_hidden_states"], 1, extra),
+        }
 
     def split_plan(self) -> dict[str, Any] | None:
         """Return where tokens are split over ranks and gathered, as diffusers' ``cp_plan``.

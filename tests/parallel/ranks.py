@@ -21,7 +21,9 @@ def start(rank: int, count: int, port: int, seconds: float = PATIENCE_S) -> None
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     patience = timedelta(seconds=seconds)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count, timeout=patience)
+    dist.init_process_group(
+        "gloo", init_method=address, rank=rank, world_size=count, timeout=patience
+    )
     torch.accelerator.device_count = lambda: 1  # type: ignore[assignment]
 
 
