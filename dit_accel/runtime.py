@@ -16,14 +16,13 @@ from dit_accel.compat import dense_attention
 from dit_accel.errors import OptionError
 from dit_accel.grid import RASTER, TokenOrder
 from dit_accel.kernels.precision import check_device
-from dit_accel.kernels.statistics import BlockStatistics
 from dit_accel.methods.base import AttentionMethod, StaticMethod
-from dit_accel.methods.selecting import SelectingMethod
 from dit_accel.operators import AttentionOutput, Operator, choose_operator, make_operators
 from dit_accel.parallel.context import ContextParallel
 from dit_accel.parallel.split import Split, Streams
 from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
 from dit_accel.plan import AttentionPlan, BlockSparsePlan, DensePlan, JointPlan, PastJointPlan
+from dit_accel.planning import Planner
 from dit_accel.report import CallRecord, Recorder, time_mark
 from dit_accel.running import RunningForward
 from dit_accel.schedule import Schedule
@@ -62,14 +61,14 @@ class Runtime:
         self.sessions: Sequence[Session] = ()
         self.shuffle = TokenShuffle()
         self.layer: Tensor | None = None  # 0-d, so that all compiled blocks share one graph
+        self._planner = Planner(method, density)
         self._operators = make_operators(precision)
-        self._parallel = ContextParallel(self.recorder, backend, self._operators, self._record_call)
+        self._parallel = ContextParallel(
+            self._planner, self.recorder, backend, self._operators, self._record_call
+        )
         self._started: tuple[Moment, Any] | None = None  # of the running forward, and when
         self._running: RunningForward | None = None
-        self._methods: dict[TokenLayout, AttentionMethod] = {}
-        self._plans: dict[Any, AttentionPlan] = {}
         self._lists: dict[Any, BlockSparsePlan] = {}  # where an LSE is needed, dense ones too
-        self._selections: dict[Any, tuple[int, Tensor]] = {}  # of the running generation, by step
         self._indices: dict[Any, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -90,7 +89,7 @@ class Runtime:
         check_device(self.precision, kwargs["hidden_states"].device)
         moment = self.tracker.advance(kwargs.get("timestep"))
         if moment.generation != self.recorder.generation:
-            self._selections.clear()
+            self._planner.begin()
             for session in self.sessions:
                 session.begin()
         self.recorder.begin(moment.generation)
@@ -142,12 +141,9 @@ class Runtime:
         dense_step = resolution is None and self.schedule.dense_step_reason(call) is not None
         order, split, kwargs = RASTER, None, inputs.kwargs
         if parallel is not None:
-            make = partial(
-                self._static_plan, method, layout, wanted, kwargs["hidden_states"].device
-            )
             order = wanted
             split, kwargs = self._parallel.enter(
-                parallel, self.family, inputs, method, wanted, self.shuffle, make
+                parallel, self.family, inputs, method, wanted, self.shuffle
             )
         elif not dense_step:
             order = self._reorder(inputs, wanted, kwargs["hidden_states"].device)
@@ -175,7 +171,7 @@ class Runtime:
                 own = session.method_at(layout)
                 if own is not None:
                     return session, own
-        return None, None if self.method is None else self._method_for(layout)
+        return None, None if self.method is None else self._planner.method_for(layout)
 
     def _reorder(
         self,
@@ -226,21 +222,21 @@ class Runtime:
         )
 
     def _ring(
-        self, split: Split, *streams: Streams, scale: float | None, layer: Tensor | None,
+        self,
+        split: Split,
+        query: Streams,
+        key: Streams,
+        value: Streams,
+        *,
+        scale: float | None,
+        layer: Tensor | None,
         running: RunningForward,
-    ) -> Streams:  # fmt: skip
+    ) -> Streams:
         """Run one layer's attention over the parts of a ring."""
-        layout = running.layouts[0] if streams[0][1] is not None else running.image_layout
+        layout = running.layouts[0] if query[1] is not None else running.image_layout
         call = self._call(running, layer, layout)
-
-        def make(q: Tensor, k: Tensor, v: Tensor, known: BlockStatistics | None) -> AttentionPlan:
-            last = replace(call, layout=replace(layout, text_first=False))
-            return self._plan(q, k, v, last, running, known)
-
-        return self._parallel.ring(
-            split, *streams, call=call, reason=self.schedule.dense_reason(call),
-            method=running.method, scale=scale, make=make,
-        )  # fmt: skip
+        reason = self.schedule.dense_reason(call)
+        return self._parallel.ring(split, query, key, value, call, running, reason, scale)
 
     def _call(
         self, running: RunningForward, layer: Tensor | None, layout: TokenLayout
@@ -297,17 +293,6 @@ class Runtime:
             )  # fmt: skip
         return out
 
-    def _method_for(self, layout: TokenLayout) -> AttentionMethod:
-        """Return the method with its options set for the requested density on ``layout``."""
-        if layout not in self._methods:
-            method, density = self.method, self.density
-            if method is None:
-                raise RuntimeError("asked for an attention method where none is attached")
-            if density is not None and density < 1:
-                method = method.at_density(density, layout)
-            self._methods[layout] = method
-        return self._methods[layout]
-
     def _sample(
         self,
         query: Tensor,
@@ -352,7 +337,7 @@ class Runtime:
         ) -> Tensor:
             if self.method is None:
                 return self._dense(*qkv, None, scale, call, "no attention method is chosen")
-            method, reason = self._method_for(call.layout), self.schedule.dense_reason(call)
+            method, reason = self._planner.method_for(call.layout), self.schedule.dense_reason(call)
             as_usual = replace(
                 running, method=method, wanted=method.token_order(call.layout.grid), resolution=None
             )
@@ -407,7 +392,7 @@ class Runtime:
             q, k, v = (text_last(x, layout) for x in (query, key, value))
             last = replace(call, layout=replace(layout, text_first=False))
             return text_back(self._planned(q, k, v, scale, last, running), layout, dim=1)
-        plan = self._plan(query, key, value, call, running)
+        plan = self._planner.plan(query, key, value, call, running)
         scale = running.method.scaled(scale, query.shape[-1])
         if isinstance(plan, DensePlan):
             return self._dense(query, key, value, None, scale, call, plan.reason)
@@ -441,60 +426,6 @@ class Runtime:
         if tuning is not None and self.precision is None and isinstance(plan, BlockSparsePlan):
             self.recorder.tuning[choice.operator.name] = tuning.source
         return choice.operator
-
-    def _plan(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        call: AttentionCall,
-        running: RunningForward,
-        known: BlockStatistics | None = None,
-    ) -> AttentionPlan:
-        """Return what to attend to; ``known`` statistics are not made of the tokens again."""
-        method, order = running.method, running.wanted
-        if self.density == 1 and running.resolution is None:
-            return DensePlan("density=1", order)
-        if not isinstance(method, StaticMethod) and running.resolution is None:
-            # Some layers see the video alone, and samples have texts of different lengths.
-            method = self._method_for(call.layout)
-        if isinstance(method, SelectingMethod) and method.refresh_every > 1:
-            return self._reused_plan(query, key, value, call, method, running, known)
-        if isinstance(method, SelectingMethod):
-            return method.plan_by(None, call, query, key, value, order, known)[0]
-        if not isinstance(method, StaticMethod):
-            return method.plan(call, query, key, value, order)
-        return self._static_plan(method, call.layout, order, query.device)
-
-    def _static_plan(
-        self, method: AttentionMethod, layout: TokenLayout, order: TokenOrder, device: torch.device
-    ) -> AttentionPlan:
-        where = (method, layout, order, device)
-        if where not in self._plans and isinstance(method, StaticMethod):
-            self._plans[where] = method.plan_layout(layout, order, device)
-        return self._plans[where]
-
-    def _reused_plan(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        call: AttentionCall,
-        method: SelectingMethod,
-        running: RunningForward,
-        known: BlockStatistics | None,
-    ) -> AttentionPlan:
-        """Plan by the choice that this layer and branch made a few steps ago, while that serves."""
-        transformer, sample, order = running.transformer, running.sample, running.wanted
-        where = (transformer, sample, call.layer, call.branch, call.layout, order, len(query))
-        made, selection = self._selections.get(where, (None, None))
-        step = call.step
-        if step is None or made is None or not made <= step < made + method.refresh_every:
-            selection, made = None, step
-        plan, selection = method.plan_by(selection, call, query, key, value, order, known)
-        if made is not None and selection is not None:
-            self._selections[where] = made, selection
-        return plan
 
     def _dense(
         self,

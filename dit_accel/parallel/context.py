@@ -12,14 +12,15 @@ from torch import Tensor
 from dit_accel.call import AttentionCall
 from dit_accel.errors import ContextParallelError
 from dit_accel.grid import TokenOrder
+from dit_accel.kernels.statistics import BlockStatistics
 from dit_accel.kernels.tiles import tile_lengths
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.methods.selecting import SelectingMethod
 from dit_accel.operators import Operator, SparsePlan, choose_operator
 from dit_accel.parallel.groups import SequenceGroup
-from dit_accel.parallel.ring import Make, RingCall
+from dit_accel.parallel.ring import RingCall
 from dit_accel.parallel.shares import Shares, deal, imbalance
-from dit_accel.parallel.split import Split, Streams
+from dit_accel.parallel.split import QKV, Split, Streams
 from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
 from dit_accel.plan import (
     EMPTY,
@@ -29,7 +30,9 @@ from dit_accel.plan import (
     JointPlan,
     dense_block_states,
 )
+from dit_accel.planning import Planner
 from dit_accel.report import Recorder
+from dit_accel.running import RunningForward
 
 UNIT = 128
 """Tokens that stay together on a ring where no method says how many."""
@@ -39,6 +42,7 @@ class ContextParallel:
     """What one acceleration knows of ranks that share its sequences.
 
     Args:
+        planner: asks methods for plans.
         recorder: for notes.
         backend: "auto", or the operator that must run.
         operators: by name.
@@ -47,13 +51,14 @@ class ContextParallel:
 
     def __init__(
         self,
+        planner: Planner,
         recorder: Recorder,
         backend: str,
         operators: Mapping[str, Operator],
         record: Callable[..., None],
     ) -> None:
-        self.recorder, self.backend, self.operators = recorder, backend, operators
-        self.record = record
+        self.planner, self.recorder = planner, recorder
+        self.backend, self.operators, self.record = backend, operators, record
         self._shares: dict[Any, Shares] = {}
         self._lists: dict[Any, BlockSparsePlan | None] = {}
 
@@ -65,7 +70,6 @@ class ContextParallel:
         method: AttentionMethod,
         wanted: TokenOrder,
         shuffle: TokenShuffle,
-        plan: Callable[[], AttentionPlan],
     ) -> tuple[Split, dict[str, Any]]:
         """Deal the tokens of a forward out; return where they are, and the arguments to run with.
 
@@ -76,7 +80,6 @@ class ContextParallel:
             method: that attends.
             wanted: the method's order of the video tokens.
             shuffle: is told which tokens are where.
-            plan: makes the plan, if the method is static.
 
         Raises:
             ContextParallelError: if these inputs can't be spread over ranks.
@@ -89,7 +92,8 @@ class ContextParallel:
         if key not in self._shares:
             unit, work = _unit(method), None
             if group.ring.size > 1 and isinstance(method, StaticMethod):
-                work = _work(plan(), unit)
+                layout = replace(inputs.layouts[0], text_first=False)
+                work = _work(self.planner.static_plan(method, layout, wanted, device), unit)
             shares = deal(
                 wanted.permutation(grid, device),
                 ring=group.ring.size,
@@ -120,12 +124,10 @@ class ContextParallel:
         query: Streams,
         key: Streams,
         value: Streams,
-        *,
         call: AttentionCall,
+        running: RunningForward,
         reason: str | None,
-        method: AttentionMethod,
         scale: float | None,
-        make: Make,
     ) -> Streams:
         """Attend in a ring, and record it.
 
@@ -133,22 +135,27 @@ class ContextParallel:
             split: who holds what.
             query: this part's streams; ``key`` and ``value`` likewise.
             call: which call, of the layout of this layer.
+            running: the forward that it is part of.
             reason: why it is dense; None if it isn't.
-            method: that attends.
             scale: of the logits.
-            make: see `Make`.
         """
         call = replace(call, layout=replace(call.layout, text_first=False))
-        chosen: list[Operator] = []
+        method, chosen = running.method, list[Operator]()
+        if isinstance(method, SelectingMethod):
+            method = self.planner.method_for(call.layout)
+        if reason is None:
+            scale = method.scaled(scale, query[0].shape[-1])
         ring = RingCall(split, call, method, scale, partial(self._choose, chosen), self._lists)
         plan: AttentionPlan = DensePlan(reason or "")
         if reason is None:
             own = split.shares.count(split.group.ring.rank)
             q, k, v = (stream[0][:, :own] for stream in (query, key, value))
             text = ring.text(key[1]) if isinstance(method, SelectingMethod) else None
+
+            def make(qkv: QKV, known: BlockStatistics | None) -> AttentionPlan:
+                return self.planner.plan(*qkv, call, running, known)
+
             plan = ring.plan((q, k, v), text, make)
-            scale = method.scaled(scale, q.shape[-1])
-            ring = replace(ring, scale=scale)
         out = ring.attend(plan, query, key, value)
         name = chosen[0].name if chosen else "dense"
         self.record(call, plan, name, query[0], reason or getattr(plan, "reason", ""))

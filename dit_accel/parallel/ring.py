@@ -40,7 +40,7 @@ from dit_accel.plan import (
 )
 
 Make = Callable[..., AttentionPlan]
-"""``make(query, key, value, statistics)``: the plan for the whole sequence."""
+"""``make((query, key, value), statistics)``: the plan for the whole sequence."""
 Choose = Callable[[SparsePlan, Tensor], Operator]
 
 
@@ -78,7 +78,7 @@ class RingCall:
                     f"method {method.name!r} plans by tokens in a way of its own, which a ring "
                     "can't follow: choose ulysses=... instead of ring=...."
                 )
-            return make(*qkv, None)
+            return make(qkv, None)
         local = block_statistics(
             *qkv,
             query_block=method.block_sizes[0],
@@ -92,7 +92,7 @@ class RingCall:
             if text_key is not None:
                 # Of the text nobody reads the queries: they only have to be as many.
                 query, key = (torch.cat([x, text_key], 1) for x in (query, key))
-        return make(query, key, value, statistics)
+        return make((query, key, value), statistics)
 
     def attend(self, plan: AttentionPlan, q: Streams, k: Streams, v: Streams) -> Streams:
         """Return the output of this part's queries, padding included."""
