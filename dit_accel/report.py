@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dit_accel.calibration import Calibration
+    from dit_accel.parallel.reports import KnownShares
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class CallRecord:
     step: int | None
     layer: int
     branch: str
-    plan: DensePlan | BlockSparsePlan | PastJointPlan
+    plan: DensePlan | BlockSparsePlan | PastJointPlan | KnownShares
     operator: str
     precision: str
     reason: str = ""

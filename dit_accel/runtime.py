@@ -234,16 +234,17 @@ class Runtime:
     ) -> Streams:
         """Run one layer's attention over the parts of a ring."""
         layout = running.layouts[0] if query[1] is not None else running.image_layout
-        call = self._call(running, layer, layout)
+        call = self._call(running, layer, layout, query[0])
         reason = self.schedule.dense_reason(call)
         return self._parallel.ring(split, query, key, value, call, running, reason, scale)
 
     def _call(
-        self, running: RunningForward, layer: Tensor | None, layout: TokenLayout
+        self, running: RunningForward, layer: Tensor | None, layout: TokenLayout, query: Tensor
     ) -> AttentionCall:
         index, moment = 0 if layer is None else int(layer), running.moment
         steps = moment.step, moment.num_steps, moment.branch
-        return AttentionCall(layout, index, running.num_layers, *steps)
+        first = 0 if running.split is None else running.split.first_head(query)
+        return AttentionCall(layout, index, running.num_layers, *steps, first)
 
     def _whole(
         self,
@@ -275,7 +276,7 @@ class Runtime:
         if running is None or query.shape[1] != key.shape[1]:
             return self._dense(query, key, value, mask, scale)
         layouts = tuple(running.layout_of(query.shape[1], layout) for layout in running.layouts)
-        call = self._call(running, layer, layouts[0])
+        call = self._call(running, layer, layouts[0], query)
         reason = None if running.resolution else self.schedule.dense_reason(call)
         if not running.mask_explained:
             reason = reason or "the model masks text in the middle"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,18 +76,28 @@ def generate(
     dtype: Annotated[
         str, typer.Option(help="float32, float16 or bfloat16; auto: float32 on a CPU.")
     ] = "auto",
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="Under torchrun: ulysses=N, ring=N, cfg=2, or several with commas.",
+            metavar="SPLIT",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Generate PROMPT with an accelerated pipeline, and write a report beside OUTPUT.
 
+    Several GPUs share one generation under
+    `torchrun --nproc-per-node N -m dit_accel.cli generate ... --parallel SPLIT`.
+
     --compare generates it densely too (OUTPUT.dense.mp4) and reports both times, the achieved
     density and the PSNR between the two. Settings that are left out are the model's own.
     """
-    from dit_accel.environment import pick_device
     from dit_accel.files import check_outputs
     from dit_accel.generation import GenerationRequest, generate_accelerated, pipeline_arguments
     from dit_accel.models import generation_defaults, load_pipeline, pipeline_outline
+    from dit_accel.parallel.session import ranks_of
 
     quieten_libraries()
     methods = ",".join(method or ["radial"])
@@ -105,22 +115,27 @@ def generate(
     for name, value in settings.items():
         settings[name] = getattr(defaults, name) if value is None else value
     request = GenerationRequest(prompt=prompt, negative_prompt=negative, seed=seed, **settings)
-    place, precision = pick_device(device), pick_dtype(dtype)
+    precision = pick_dtype(dtype)
     _check_suffix(output, model)
     outline = pipeline_outline(model)
     if outline is not None:
         pipeline_arguments(outline, request)  # refuses what this pipeline can't make
 
-    with plain_warnings(), progress_bars() as progress:
-        progress(f"loading {model}", 0, 1)
-        pipe = load_pipeline(model, device=place, dtype=precision)
-        progress(f"loading {model}", 1, 1)
+    with plain_warnings(), ranks_of(parallel, device) as ranks, progress_bars() as bars:
+        progress = bars if ranks.first else None
+        tell = bars if ranks.first else _silent
+        tell(f"loading {model}", 0, 1)
+        pipe = ranks.spread(load_pipeline(model, device=ranks.device, dtype=precision))
+        tell(f"loading {model}", 1, 1)
         result = generate_accelerated(
             pipe, request, methods, chosen, compare=compare, progress=progress
         )
-        progress("writing", 0, 1)
-        report = _write(outputs, result, defaults.fps, model, request, place)
-        progress("writing", 1, 1)
+        result = replace(result, report=ranks.report(result.report))
+        if not ranks.first:
+            return
+        tell("writing", 0, 1)
+        report = _write(outputs, result, defaults.fps, model, request, ranks.device)
+        tell("writing", 1, 1)
     if as_json:
         print_json(report)
         return
@@ -128,6 +143,10 @@ def generate(
     console.print(_summary(result))
     for path in outputs.all(compare):
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _silent(_stage: str, _done: int, _total: int) -> None:
+    """Show no progress: rank 0 does."""
 
 
 def _write(

@@ -27,7 +27,9 @@ class Axis:
         import torch.distributed as dist
 
         gathered = tokens.new_empty(self.size, *tokens.shape)
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), tokens.contiguous(), group=self.group)
+        # Its name from torch 2.13 on, and before.
+        gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered.flatten(0, 1), tokens.contiguous(), group=self.group)
         return gathered
 
     def all_reduce(self, values: Tensor) -> Tensor:

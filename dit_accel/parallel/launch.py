@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from dit_accel.environment import pick_device
-from dit_accel.errors import ContextParallelError, OptionError, did_you_mean
+from dit_accel.errors import ContextParallelError, OptionError, RankFailedError, did_you_mean
 
 TIMEOUT_S = 600.0
 """How long a rank waits for the others before it gives up."""
 DEGREES = ("cfg", "ring", "ulysses")
-_FAILED = "dit_accel_failed"
+_COUNT, _FAILURE = "dit_accel_failures", "dit_accel_first_failure"
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,10 @@ def rank_mesh(device: str, shape: tuple[int, ...], names: tuple[str, ...], timeo
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Let the failure of one rank end all, with its message on each.
+    """Let the failure of one rank end all of them.
 
     Raises:
-        ContextParallelError: where another rank has failed.
+        RankFailedError: on ranks that only stop because another one, which it names, failed before.
     """
     import torch.distributed as dist
 
@@ -184,32 +184,22 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             raise
-        told = _failure()
-        if told is None:
-            _tell(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+        before = _first_failure(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+        if before is None:
             raise
-        if isinstance(error, ContextParallelError) or told.startswith(f"rank {dist.get_rank()}:"):
-            raise
-        raise ContextParallelError(f"stopped, because another rank failed ({told})") from error
+        raise RankFailedError(f"stopped, because another rank failed ({before})") from error
 
 
-def _store() -> Any:
+def _first_failure(text: str) -> str | None:
+    """Tell the other ranks of a failure; return what failed first, None if this did."""
     from torch.distributed.distributed_c10d import _get_default_store
 
-    return _get_default_store()
-
-
-def _failure() -> str | None:
-    """Return what a rank said before it failed, if one has."""
+    store = _get_default_store()
     try:
-        store = _store()
-        return store.get(_FAILED).decode() if store.check([_FAILED]) else None
+        if store.add(_COUNT, 1) == 1:
+            store.set(_FAILURE, text)
+            return None
+        store.wait([_FAILURE], timedelta(seconds=5))
+        return store.get(_FAILURE).decode()
     except RuntimeError:  # the rank that keeps the store is gone
         return "rank 0 has ended"
-
-
-def _tell(text: str) -> None:
-    try:
-        _store().set(_FAILED, text)
-    except RuntimeError:
-        return

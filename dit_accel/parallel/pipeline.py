@@ -85,6 +85,7 @@ class _ParallelPipeline:
         self.pipe, self.degrees = pipe, degrees
         self.tracker = CallTracker(pipe)
         self._undo: list[Undo] = []
+        self._own_plan = family.split_plan() is not None
         self._undone = False  # an interception that others stand in front of stays
         self._checked: int | None = None  # generation whose inputs were compared
         shape = degrees.cfg, degrees.ring, degrees.ulysses
@@ -128,6 +129,7 @@ class _ParallelPipeline:
         named = arguments_by_name(transformer, args, kwargs)
         if self._undone:
             return inner(**named)
+        self._check_attention(transformer)
         moment = self.tracker.advance(named.get("timestep"))
         if moment.generation != self._checked or moment.step is None:
             self._checked = moment.generation
@@ -136,6 +138,16 @@ class _ParallelPipeline:
             if self.guided is not None:
                 return self.guided.run(transformer, inner, **named)
             return inner(**named)
+
+    def _check_attention(self, transformer: nn.Module) -> None:
+        """Refuse to run stock processors that know nothing of ranks."""
+        own = getattr(transformer, "_parallel_config", None) is not None and self._own_plan
+        acceleration = getattr(self.pipe, "_dit_accel", None)
+        if own and (acceleration is None or not acceleration.runtime.attends):
+            raise ContextParallelError(
+                f"diffusers' own attention of {type(transformer).__name__} can't follow a split "
+                "sequence: call accelerate_pipeline with an attention method, for example 'dense'."
+            )
 
 
 def _fingerprint(pipe: Any, degrees: Degrees) -> dict[str, Any]:

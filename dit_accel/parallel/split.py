@@ -52,6 +52,10 @@ class Split:
         """Text tokens to add so that all ranks hold as many."""
         return self.text_rows * self.group.ranks - self.text_length
 
+    def first_head(self, query: Tensor) -> int:
+        """Return which head of the model this rank's first one is, of ``[B, N, h, D]``."""
+        return self.group.ulysses.rank * query.shape[2]
+
     def attend(
         self, qkv: QKV, whole: Callable[[QKV], Tensor], ring: Callable[..., Streams]
     ) -> Tensor:
