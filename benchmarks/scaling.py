@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from dit_accel import acceleration_report, compat, restore_pipeline
 from dit_accel.bench.architectures import load_architecture
+from dit_accel.bench.breakdown import attention_range, breakdown
 from dit_accel.bench.measuring import Row, free_memory, guarded, manifest
 from dit_accel.bench.methods import accelerate_at
 from dit_accel.bench.runs import ResultFile
@@ -145,6 +146,8 @@ class ScalingBench:
             seconds[depth] = min(self._slowest_s(run) for _ in range(self.args.repeats))
             if depth == many:
                 found["peak_gib"] = _peak_gib()
+                if layout.ranks == 1:
+                    found["attention_ms"] = self._attention_ms(run) / many
         per_block = (seconds[many] - seconds[few]) / (many - few)
         beside = seconds[few] - few * per_block
         report = acceleration_report(self.pipe)
@@ -181,6 +184,12 @@ class ScalingBench:
 
         step()  # both passes on both: what predictions look like
         return step, 2
+
+    def _attention_ms(self, run: Callable[[], Any]) -> float:
+        """Return the milliseconds of attention in a forward."""
+        with attention_range(self.pipe):
+            parts = breakdown(run, self.device)
+        return float(parts["attention"])
 
     def _slowest_s(self, run: Callable[[], Any]) -> float:
         """Return the seconds that the slowest rank takes."""

@@ -286,7 +286,7 @@ def generate_accelerated(
 
 
 def _make_dense(pipe: Any) -> None:
-    """Take the method off; over several ranks, which stock attention may not know, put "dense" on."""
+    """Take the method off; over ranks, which stock attention may not know, put "dense" on."""
     if getattr(pipe, "_dit_accel_parallel", None) is None:
         restore_pipeline(pipe)
     else:

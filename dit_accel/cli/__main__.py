@@ -1,4 +1,4 @@
-"""``python -m dit_accel.cli`` is ``dit-accel``, too: launchers of several processes take modules."""
+"""``python -m dit_accel.cli`` is ``dit-accel``, too: launchers of processes take modules."""
 
 from dit_accel.cli import main
 

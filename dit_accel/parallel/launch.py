@@ -172,10 +172,11 @@ def rank_mesh(device: str, shape: tuple[int, ...], names: tuple[str, ...], timeo
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Let the failure of one rank end all of them.
+    """Let the failure of one rank end all of them, with one message.
 
     Raises:
-        RankFailedError: on ranks that only stop because another one, which it names, failed before.
+        RankFailedError: on ranks that stop because another one failed, which says so itself.
+        ContextParallelError: on the first rank that misses one that ended without a word.
     """
     import torch.distributed as dist
 
@@ -184,22 +185,53 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             raise
-        before = _first_failure(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
-        if before is None:
-            raise
+        if _is_of_exchange(error):
+            before = _told_by_others() or _first_failure("a rank has ended or does not answer")
+            if before is None:
+                raise ContextParallelError(
+                    "another rank has ended or does not answer: look for its own message, or for "
+                    f"what killed it. ({error})"
+                ) from error
+        else:
+            before = _first_failure(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+            if before is None:
+                raise
         raise RankFailedError(f"stopped, because another rank failed ({before})") from error
+
+
+def _is_of_exchange(error: BaseException) -> bool:
+    """Whether an exchange between ranks broke off."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        word in str(error).lower()
+        for word in ("gloo", "nccl", "connection closed", "process group")
+    )
+
+
+def _told_by_others() -> str | None:
+    """Return what a rank said when it failed, if one does within a moment."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    try:
+        store = _get_default_store()
+        store.wait([_FAILURE], timedelta(seconds=3))
+        return str(store.get(_FAILURE).decode())
+    except RuntimeError:  # nobody did, or the rank that keeps the store is gone
+        return None
 
 
 def _first_failure(text: str) -> str | None:
     """Tell the other ranks of a failure; return what failed first, None if this did."""
     from torch.distributed.distributed_c10d import _get_default_store
 
-    store = _get_default_store()
     try:
+        store = _get_default_store()
         if store.add(_COUNT, 1) == 1:
             store.set(_FAILURE, text)
             return None
-        store.wait([_FAILURE], timedelta(seconds=5))
-        return store.get(_FAILURE).decode()
     except RuntimeError:  # the rank that keeps the store is gone
-        return "rank 0 has ended"
+        return None
+    return _told_by_others() or "it did not say why"

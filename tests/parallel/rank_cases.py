@@ -103,8 +103,22 @@ def guided(split: dict[str, int]) -> dict[str, Any]:
     return found
 
 
+def perturbed(split: dict[str, int]) -> dict[str, Any]:
+    """Guidances that perturb blocks or heads, beside attention of their own."""
+    found = {}
+    for name, options in (("pag", {}), ("softpag", {}), ("slg", {})):
+        subject = Subject("wan", None)
+        layers = {"layers": (1,), **options}
+        accelerate_pipeline(subject.pipe, ["gna", name], **EVERYWHERE, **METHODS["gna"], **layers)
+        alone = subject.run()
+        parallelize_pipeline(subject.pipe, **split)
+        found[f"{name} {split}"] = difference(alone, subject.run()), True, []
+    return found
+
+
 def in_any_order(_split: dict[str, int]) -> dict[str, Any]:
     """Diffusers' own switch, before and after accelerating, and ours likewise."""
+
     def own_after(subject: Subject) -> None:
         subject.accelerate()
         spread_by_diffusers(subject)
@@ -183,9 +197,22 @@ CASES: dict[str, tuple[Callable[[dict[str, int]], Any], dict[str, int]]] = {
     "families ulysses": (families, {"ulysses": 2}),
     "families ring": (families, {"ring": 2}),
     "guided": (guided, {"cfg": 2}),
+    "perturbed ulysses": (perturbed, {"ulysses": 2}),
+    "perturbed ring": (perturbed, {"ring": 2}),
     "in any order": (in_any_order, {}),
     "bad input": (bad_input, {}),
 }
+
+
+def four_ranks() -> dict[str, Any]:
+    """Two splits at once, and a ring of more than two parts."""
+    splits = ({"ulysses": 2, "ring": 2}, {"cfg": 2, "ring": 2}, {"ring": 4})
+    subjects = (("wan", "gna"), ("wan", "psa"), ("hunyuan", "radial"))
+    return {
+        f"{family} {method} {split}": compared(family, method, split)
+        for split in splits
+        for family, method in subjects
+    }
 
 
 def two_ranks() -> dict[str, Any]:
@@ -200,4 +227,3 @@ def caught(case: Callable[[dict[str, int]], Any], split: dict[str, int]) -> Any:
         return case(split)
     except Exception:
         return traceback.format_exc()
-
