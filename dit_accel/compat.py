@@ -154,6 +154,11 @@ def compile_blocks(
     return undo
 
 
+def sequence_ranks(parallel_config: Any) -> int:
+    """Return how many ranks share a sequence."""
+    return int(parallel_config.context_parallel_config._flattened_mesh.size())
+
+
 def sequence_mesh(parallel_config: Any) -> tuple[Any, Any]:
     """Return the device meshes of a config's Ulysses ranks and of its ring."""
     context = parallel_config.context_parallel_config

@@ -117,6 +117,7 @@ class Runtime:
         self._running = None
         self.shuffle.gather = self.shuffle.scatter = None
         self.shuffle.rank, self.shuffle.ranks = 0, 1
+        self.seam.split = None
 
     def _enter_attention(
         self,
@@ -145,6 +146,7 @@ class Runtime:
             split, kwargs = self._parallel.enter(
                 parallel, self.family, inputs, method, wanted, self.shuffle
             )
+            self.seam.split = split
         elif not dense_step:
             order = self._reorder(inputs, wanted, kwargs["hidden_states"].device)
         self._running = RunningForward(

@@ -28,6 +28,7 @@ from dit_accel.errors import OptionError
 from dit_accel.grid import TokenOrder
 from dit_accel.kinds import Method
 from dit_accel.methods.base import AttentionMethod
+from dit_accel.parallel.split import Split
 from dit_accel.pipelines.base import PipelineFamily, Undo
 from dit_accel.plan import AttentionPlan
 from dit_accel.report import Recorder
@@ -197,6 +198,7 @@ class Seam:
 
     def __init__(self, family: PipelineFamily, tracker: CallTracker, recorder: Recorder) -> None:
         self.family, self.tracker, self.recorder = family, tracker, recorder
+        self.split: Split | None = None  # how the running forward's tokens are spread over ranks
         self._interceptions: dict[nn.Module, Interception] = {}
 
     def intercept(self, module: nn.Module, run: Run, *, innermost: bool = False) -> None:

@@ -95,8 +95,8 @@ def generate(
     density and the PSNR between the two. Settings that are left out are the model's own.
     """
     from dit_accel.files import check_outputs
-    from dit_accel.generation import GenerationRequest, generate_accelerated, pipeline_arguments
-    from dit_accel.models import generation_defaults, load_pipeline, pipeline_outline
+    from dit_accel.generation import generate_accelerated
+    from dit_accel.models import generation_defaults, load_pipeline
     from dit_accel.parallel.session import ranks_of
 
     quieten_libraries()
@@ -104,45 +104,59 @@ def generate(
     chosen = parse_options(methods, options or [])
     outputs = Outputs(output)
     check_outputs(outputs.all(compare), force=force)
-    defaults = generation_defaults(model)
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "frames": frames,
-        "height": height,
-        "width": width,
-        "guidance": guidance,
-    }
-    for name, value in settings.items():
-        settings[name] = getattr(defaults, name) if value is None else value
-    request = GenerationRequest(prompt=prompt, negative_prompt=negative, seed=seed, **settings)
-    precision = pick_dtype(dtype)
+    settings = {"steps": steps, "guidance": guidance, "frames": frames}
+    settings |= {"height": height, "width": width}
+    request = _request(model, prompt, negative, seed, settings)
+    precision, fps = pick_dtype(dtype), generation_defaults(model).fps
     _check_suffix(output, model)
-    outline = pipeline_outline(model)
-    if outline is not None:
-        pipeline_arguments(outline, request)  # refuses what this pipeline can't make
 
     with plain_warnings(), ranks_of(parallel, device) as ranks, progress_bars() as bars:
-        progress = bars if ranks.first else None
         tell = bars if ranks.first else _silent
         tell(f"loading {model}", 0, 1)
         pipe = ranks.spread(load_pipeline(model, device=ranks.device, dtype=precision))
         tell(f"loading {model}", 1, 1)
         result = generate_accelerated(
-            pipe, request, methods, chosen, compare=compare, progress=progress
+            pipe, request, methods, chosen, compare=compare, progress=tell
         )
         result = replace(result, report=ranks.report(result.report))
         if not ranks.first:
             return
         tell("writing", 0, 1)
-        report = _write(outputs, result, defaults.fps, model, request, ranks.device)
+        report = _write(outputs, result, fps, model, request, ranks.device)
         tell("writing", 1, 1)
     if as_json:
         print_json(report)
         return
+    _tell(result, outputs.all(compare))
+
+
+def _tell(result: Result, written: list[Path]) -> None:
+    """Print the report for people, and which files were written."""
     console = Console()
     console.print(_summary(result))
-    for path in outputs.all(compare):
+    for path in written:
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _request(
+    model: str,
+    prompt: str,
+    negative: str | None,
+    seed: int,
+    settings: dict[str, Any],
+) -> GenerationRequest:
+    """Return what to generate, what is left out as the model likes it."""
+    from dit_accel.generation import GenerationRequest, pipeline_arguments
+    from dit_accel.models import generation_defaults, pipeline_outline
+
+    defaults = generation_defaults(model)
+    for name, value in settings.items():
+        settings[name] = getattr(defaults, name) if value is None else value
+    request = GenerationRequest(prompt=prompt, negative_prompt=negative, seed=seed, **settings)
+    outline = pipeline_outline(model)
+    if outline is not None:
+        pipeline_arguments(outline, request)  # refuses what this pipeline can't make
+    return request
 
 
 def _silent(_stage: str, _done: int, _total: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,7 +110,9 @@ def join_ranks(device: str = "auto", timeout_s: float = TIMEOUT_S) -> str:
     import torch.distributed as dist
 
     kind = torch.device(pick_device(device)).type
-    local = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun tells by the environment alone
+    if not dist.is_available():
+        raise ContextParallelError("this torch has no torch.distributed: install one that has.")
+    local = dist.get_node_local_rank(0)
     if kind == "cuda":
         if local >= torch.cuda.device_count():
             raise ContextParallelError(
@@ -121,11 +122,9 @@ def join_ranks(device: str = "auto", timeout_s: float = TIMEOUT_S) -> str:
             )
         torch.cuda.set_device(local)
     chosen = f"cuda:{local}" if kind == "cuda" else kind
-    if not dist.is_available():
-        raise ContextParallelError("this torch has no torch.distributed: install one that has.")
     if dist.is_initialized():
         return chosen
-    if "RANK" not in os.environ:
+    if not dist.is_torchelastic_launched():
         raise ContextParallelError(
             "parallel generation needs several processes: start the command with "
             "`torchrun --nproc-per-node N -m dit_accel.cli generate ...`."

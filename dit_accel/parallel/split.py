@@ -52,6 +52,13 @@ class Split:
         """Text tokens to add so that all ranks hold as many."""
         return self.text_rows * self.group.ranks - self.text_length
 
+    @property
+    def own_image_rows(self) -> int:
+        """Image tokens that this rank holds, without padding."""
+        before = self.group.ulysses.rank * self.image_rows
+        count = self.shares.count(self.group.ring.rank) + self.tail
+        return min(max(count - before, 0), self.image_rows)
+
     def first_head(self, query: Tensor) -> int:
         """Return which head of the model this rank's first one is, of ``[B, N, h, D]``."""
         return self.group.ulysses.rank * query.shape[2]

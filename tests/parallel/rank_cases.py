@@ -106,14 +106,35 @@ def guided(split: dict[str, int]) -> dict[str, Any]:
 def perturbed(split: dict[str, int]) -> dict[str, Any]:
     """Guidances that perturb blocks or heads, beside attention of their own."""
     found = {}
-    for name, options in (("pag", {}), ("softpag", {}), ("slg", {})):
-        subject = Subject("wan", None)
-        layers = {"layers": (1,), **options}
-        accelerate_pipeline(subject.pipe, ["gna", name], **EVERYWHERE, **METHODS["gna"], **layers)
+    heads: dict[str, Any] = {"heads": ((1, 1), (2, 0)), "strength": 0.7}
+    uniform = heads | {"perturbation": "uniform"}
+    subjects: list[tuple[str, str, dict[str, Any]]] = [
+        ("wan", "pag", {"layers": (1,)}),
+        ("wan", "slg", {"layers": (1,), "start": 0, "stop": 1.0}),
+        ("wan", "softpag", uniform),
+        ("flux", "softpag", uniform),
+        ("hunyuan", "softpag", uniform),
+        ("sd3", "softpag", uniform | {"scope": "image"}),
+    ]
+    if "ulysses" in split:
+        subjects += [("wan", "seg", {"layers": (1,)}), ("sd3", "seg", {"layers": (1,)})]
+        subjects += [("flux", "softpag", heads | {"perturbation": "query_mean"})]
+    for family, name, options in subjects:
+        subject = Subject(family, None)
+        chosen = ["gna", name]
+        accelerate_pipeline(subject.pipe, chosen, **EVERYWHERE, **METHODS["gna"], **options)
         alone = subject.run()
         parallelize_pipeline(subject.pipe, **split)
-        found[f"{name} {split}"] = difference(alone, subject.run()), True, []
+        spread = difference(alone, subject.run())
+        found[f"{family} {name} {options}"] = spread, guides(subject, alone), []
     return found
+
+
+def guides(subject: Subject, guided: Tensor) -> bool:
+    """Whether the guidance of a subject changes its output at all."""
+    unparallelize_pipeline(subject.pipe)
+    accelerate_pipeline(subject.pipe, "gna", **EVERYWHERE, **METHODS["gna"])
+    return difference(subject.run(), guided) > 1e-3
 
 
 def in_any_order(_split: dict[str, int]) -> dict[str, Any]:

@@ -44,7 +44,6 @@ def test_heads_that_do_not_divide_are_refused_with_what_does():
         SequenceGroup(Axis(3), Axis()).check_heads(40)
 
 
-def test_one_process_is_told_how_to_start_several(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
+def test_one_process_is_told_how_to_start_several():
     with pytest.raises(ContextParallelError, match="torchrun --nproc-per-node"):
         join_ranks("cpu")
