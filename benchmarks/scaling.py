@@ -43,7 +43,7 @@ from dit_accel.tracking import Moment
 
 SIZES = {"720p x 81": (21, 90, 160), "720p x 321": (81, 90, 160), "tiny": (5, 14, 18)}
 """Latents: frames, height, width."""
-METHODS = ("dense", "radial", "gna", "pisa")
+METHODS = ("radial", "gna", "pisa", "dense")
 TINY = {
     "num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 128, "text_dim": 32,
     "freq_dim": 32,
@@ -349,7 +349,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs=2, default=[1, 4], help="two depths")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--budget-s", type=float, default=600, help="begin no task after that")
-    parser.add_argument("--timeout-s", type=float, default=120, help="of an exchange")
+    parser.add_argument("--timeout-s", type=float, default=240, help="of an exchange")
     parser.add_argument("--tiny", action="store_true", help="a narrow model on the CPU")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--commit")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-PATIENCE_S = 240
+PATIENCE_S = 600
 
 
 def start(rank: int, count: int, port: int, seconds: float = PATIENCE_S) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from dit_accel.errors import ContextParallelError, OptionError
+from dit_accel.parallel import launch
 from dit_accel.parallel.groups import Axis, SequenceGroup
 from dit_accel.parallel.launch import Degrees, join_ranks
 
@@ -47,3 +50,21 @@ def test_heads_that_do_not_divide_are_refused_with_what_does():
 def test_one_process_is_told_how_to_start_several():
     with pytest.raises(ContextParallelError, match="torchrun --nproc-per-node"):
         join_ranks("cpu")
+
+
+def test_gpus_without_nccl_are_refused(monkeypatch):
+    monkeypatch.setattr(launch, "pick_device", lambda device: "cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.raises(ContextParallelError, match="built without NCCL"):
+        join_ranks()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(launch, "pick_device", lambda device: "cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dist, "get_node_local_rank", lambda fallback: 2)
+    with pytest.raises(ContextParallelError, match="--nproc-per-node 2"):
+        join_ranks()
