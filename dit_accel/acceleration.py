@@ -35,6 +35,7 @@ from dit_accel.session import (
     SessionMethod,
     arguments_by_name,
     intercept_pipeline,
+    is_compiled,
 )
 
 if TYPE_CHECKING:
@@ -283,7 +284,8 @@ class Acceleration:
     def _compile(self, transformer: nn.Module) -> None:
         if self.compiling is not None:
             names = self.runtime.family.repeated_blocks
-            self._undo.append(compat.compile_blocks(transformer, names, self.compiling))
+            compiled = is_compiled(transformer)
+            self._undo.append(compat.compile_blocks(transformer, names, self.compiling, compiled))
 
     def _attach_transformer(self, transformer: nn.Module) -> None:
         runtime = self.runtime

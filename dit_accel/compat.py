@@ -114,7 +114,7 @@ def compile_options(compiling: bool | Mapping[str, Any]) -> dict[str, Any] | Non
 
 
 def compile_blocks(
-    transformer: nn.Module, unnamed: tuple[str, ...], options: dict[str, Any]
+    transformer: nn.Module, unnamed: tuple[str, ...], options: dict[str, Any], compiled: bool
 ) -> Callable[[], None]:
     """Compile the repeated blocks, one by one, by diffusers' own method; return how to undo it.
 
@@ -122,11 +122,12 @@ def compile_blocks(
         transformer: a diffusers model.
         unnamed: class names of its repeated blocks, for models of which diffusers names none.
         options: keyword arguments of ``torch.compile``.
+        compiled: whether the model is compiled as a whole.
 
     Raises:
         OptionError: if the model is compiled already, or this diffusers can't compile blocks.
     """
-    if hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None:
+    if hasattr(transformer, "_orig_mod") or compiled:
         raise OptionError("this transformer is compiled as a whole already: leave compile out.")
     compile_repeated: Any = getattr(transformer, "compile_repeated_blocks", None)
     if compile_repeated is None:
