@@ -12,6 +12,8 @@ _PUBLIC = {
     "accelerate_pipeline": "dit_accel.acceleration",
     "restore_pipeline": "dit_accel.acceleration",
     "acceleration_report": "dit_accel.acceleration",
+    "parallelize_pipeline": "dit_accel.parallel.pipeline",
+    "unparallelize_pipeline": "dit_accel.parallel.pipeline",
     "sparse_attention": "dit_accel.functional",
     "block_mask": "dit_accel.functional",
     "attention_mask": "dit_accel.functional",

@@ -40,6 +40,7 @@ from dit_accel.session import (
     SessionMethod,
     arguments_by_name,
     intercept_pipeline,
+    is_compiled,
 )
 
 if TYPE_CHECKING:
@@ -124,9 +125,8 @@ def accelerate_pipeline(
     settle_guard(guard)  # refuses what is impossible before anything takes time
     general: dict[str, Any] = {"density": density, "backend": backend, "precision": precision}
     general |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "min_tokens": min_tokens}
-    wish: dict[str, Any] = {"min_psnr": min_psnr, "max_error": max_error, "probe": probe}
-    wish |= {"target_speedup": target_speedup, "calibration": calibration}
-    wish["per_head"] = per_head or None
+    wish = dict[str, Any](min_psnr=min_psnr, max_error=max_error, target_speedup=target_speedup)
+    wish |= {"probe": probe, "calibration": calibration, "per_head": per_head or None}
     acceleration = _prepare(pipe, method, general, compile, wish, options)
     acceleration.runtime.guard = make_guard(guard, acceleration.runtime.attends)
     _replace(pipe, acceleration)
@@ -364,7 +364,8 @@ class Acceleration:
     def _compile(self, transformer: nn.Module) -> None:
         if self.compiling is not None:
             names = self.runtime.family.repeated_blocks
-            self._undo.append(compat.compile_blocks(transformer, names, self.compiling))
+            compiled = is_compiled(transformer)
+            self._undo.append(compat.compile_blocks(transformer, names, self.compiling, compiled))
 
     def _attach_transformer(self, transformer: nn.Module) -> None:
         runtime = self.runtime
@@ -387,7 +388,7 @@ class Acceleration:
             off = sum(backend != member for backend in backends) if member is not None else 0
             if off:
                 runtime.recorder.warn_switched_off(off, len(layers))
-            parallel = getattr(layers[0].processor, "_parallel_config", None) is not None
+            parallel = compat.parallel_config(module)
             named = arguments_by_name(module, args, kwargs)
             return (), runtime.enter(module, named, len(layers), parallel)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_accel import compat
-from dit_accel.errors import ContextParallelError, OptionError
+from dit_accel.errors import OptionError
 from dit_accel.pipelines.base import Undo
 from dit_accel.runtime import Runtime
 
@@ -46,23 +46,8 @@ def backend_function(name: str, runtime: Runtime) -> tuple[Callable[..., Tensor]
         value: Tensor,
         attn_mask: Tensor | None = None,
         scale: float | None = None,
-        _parallel_config: Any = None,
     ) -> Tensor:
-        if _parallel_config is None:
-            return attend(query, key, value, attn_mask, scale)
-        if compat.ring_degree(_parallel_config) > 1:
-            raise ContextParallelError(
-                "ring attention hands out keys in pieces, which a sparse pattern can't use: "
-                "choose ContextParallelConfig(ulysses_degree=...)."
-            )
-        return compat.ulysses_attention(
-            query,
-            key,
-            value,
-            scale=scale,
-            parallel_config=_parallel_config,
-            forward=lambda q, k, v: attend(q, k, v, attn_mask, scale),
-        )
+        return attend(query, key, value, attn_mask, scale)
 
     return backend, library._destroy
 

@@ -47,6 +47,8 @@ class AttentionCall:
         step: index of the denoising step, from 0; None outside a pipeline's loop.
         num_steps: number of denoising steps of this generation; None if unknown.
         branch: "cond", "uncond", "cond_uncond" (both in one batch) or a pipeline's own name.
+        first_head: which of the layer's heads the first one of the call's is; not 0 where several
+            GPUs share the heads.
     """
 
     layout: TokenLayout
@@ -55,6 +57,7 @@ class AttentionCall:
     step: int | None = None
     num_steps: int | None = None
     branch: str = "cond"
+    first_head: int = 0
 
 
 def text_last(tokens: Tensor, layout: TokenLayout) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.errors import OptionError, did_you_mean
+from dit_accel.errors import ContextParallelError, OptionError, did_you_mean
 
 OWN_BACKENDS = "dit_accel_"
 """Prefix of the names under which accelerations register."""
@@ -94,39 +94,6 @@ def dense_attention(
     )
 
 
-def ulysses_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | None,
-    parallel_config: Any,
-    forward: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Run ``forward`` on whole sequences with a share of the heads, by diffusers' Ulysses."""
-    from diffusers.models.attention_dispatch import _templated_context_parallel_attention
-
-    def forward_op(
-        _ctx: Any, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any
-    ) -> Tensor:
-        return forward(query, key, value)
-
-    return _templated_context_parallel_attention(
-        query,
-        key,
-        value,
-        None,
-        0.0,
-        False,
-        scale,
-        False,
-        False,
-        forward_op=forward_op,
-        backward_op=None,
-        _parallel_config=parallel_config,
-    )
-
-
 def compile_options(compiling: bool | Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the arguments for ``torch.compile``, or None not to compile.
 
@@ -147,7 +114,7 @@ def compile_options(compiling: bool | Mapping[str, Any]) -> dict[str, Any] | Non
 
 
 def compile_blocks(
-    transformer: nn.Module, unnamed: tuple[str, ...], options: dict[str, Any]
+    transformer: nn.Module, unnamed: tuple[str, ...], options: dict[str, Any], compiled: bool
 ) -> Callable[[], None]:
     """Compile the repeated blocks, one by one, by diffusers' own method; return how to undo it.
 
@@ -155,11 +122,12 @@ def compile_blocks(
         transformer: a diffusers model.
         unnamed: class names of its repeated blocks, for models of which diffusers names none.
         options: keyword arguments of ``torch.compile``.
+        compiled: whether the model is compiled as a whole.
 
     Raises:
         OptionError: if the model is compiled already, or this diffusers can't compile blocks.
     """
-    if hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None:
+    if hasattr(transformer, "_orig_mod") or compiled:
         raise OptionError("this transformer is compiled as a whole already: leave compile out.")
     compile_repeated: Any = getattr(transformer, "compile_repeated_blocks", None)
     if compile_repeated is None:
@@ -187,15 +155,73 @@ def compile_blocks(
     return undo
 
 
-def ring_degree(parallel_config: Any) -> int:
-    """Return how many ranks a parallel config splits keys and values over."""
-    context = getattr(parallel_config, "context_parallel_config", None)
-    return int(getattr(context, "ring_degree", 1) or 1)
+def sequence_ranks(parallel_config: Any) -> int:
+    """Return how many ranks share a sequence."""
+    return int(parallel_config.context_parallel_config._flattened_mesh.size())
 
 
-def parallel_config(layers: list[Any]) -> Any:
-    """Return the parallel config that diffusers gave these attention layers, if any."""
-    return getattr(layers[0].processor, "_parallel_config", None) if layers else None
+def sequence_mesh(parallel_config: Any) -> tuple[Any, Any]:
+    """Return the device meshes of a config's Ulysses ranks and of its ring."""
+    context = parallel_config.context_parallel_config
+    return context._ulysses_mesh, context._ring_mesh
+
+
+def parallel_config(transformer: Any) -> Any:
+    """Return the config by which diffusers spreads a model's tokens over ranks, if it does."""
+    config = getattr(transformer, "_parallel_config", None)
+    return config if getattr(config, "context_parallel_config", None) is not None else None
+
+
+def spread_over_ranks(
+    transformer: Any, ring: int, ulysses: int, mesh: Any, plan: dict[str, Any] | None
+) -> None:
+    """Turn diffusers' context parallelism on for a transformer.
+
+    Args:
+        transformer: a diffusers model.
+        ring: ranks of a ring; ``ulysses`` ranks of each of its parts.
+        mesh: device mesh with dimensions "ring" and "ulysses", and maybe others.
+        plan: where tokens are split; None for the model's own plan.
+
+    Raises:
+        ContextParallelError: if this diffusers can't.
+    """
+    try:
+        from diffusers import ContextParallelConfig
+    except ImportError as error:
+        raise ContextParallelError(
+            "context parallelism needs diffusers 0.36 or newer: upgrade it."
+        ) from error
+    options: dict[str, Any] = {}
+    if "mesh" in inspect.signature(ContextParallelConfig).parameters:
+        options["mesh"] = mesh
+    elif mesh.ndim > 2:
+        raise ContextParallelError(
+            "CFG parallelism together with context parallelism needs a newer diffusers: upgrade "
+            "it, or choose one of the two."
+        )
+    config = ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses, **options)
+    own = plan if getattr(transformer, "_cp_plan", None) is None else None
+    counted = torch.accelerator.device_count
+    if counted() == 0:  # diffusers divides by it, also where all ranks are on the CPU
+        torch.accelerator.device_count = lambda: 1
+    try:
+        transformer.enable_parallelism(config=config, cp_plan=own)
+    finally:
+        torch.accelerator.device_count = counted
+
+
+def gathered_from_ranks(transformer: Any, plan: dict[str, Any] | None) -> None:
+    """Undo `spread_over_ranks`."""
+    from diffusers.hooks.context_parallel import remove_context_parallel
+
+    own: Any = getattr(transformer, "_cp_plan", None)
+    remove_context_parallel(transformer, own if own is not None else plan)
+    transformer._parallel_config = None
+    for module in transformer.modules():
+        processor: Any = getattr(module, "processor", None)
+        if getattr(processor, "_parallel_config", None) is not None:
+            processor._parallel_config = None
 
 
 def ulysses_share(parallel_config: Any) -> tuple[int, int]:

@@ -46,6 +46,10 @@ class ContextParallelError(DitAccelError, RuntimeError):
     """This combination of method and context parallelism would give wrong results."""
 
 
+class RankFailedError(ContextParallelError):
+    """Another rank has failed, which ends this one, too."""
+
+
 class BackboneError(DitAccelError, RuntimeError):
     """A network that a measure needs is not installed, or its weights can't be loaded."""
 

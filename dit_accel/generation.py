@@ -281,12 +281,20 @@ def generate_accelerated(
         # comes first, so that options this pipeline can't take are refused without a long wait.
         accelerate_pipeline(pipe, method, **at_once(method, options))
         _warm_up(pipe, request, f"warming up ({method})", progress)
-        restore_pipeline(pipe)
+        _make_dense(pipe)
         _warm_up(pipe, request, "warming up (dense)", progress)
         dense = _generate(pipe, request, "denoising (dense)", progress)
     accelerate_pipeline(pipe, method, **options)
     accelerated = _generate(pipe, request, f"denoising ({method})", progress)
     return Result(accelerated, acceleration_report(pipe), dense)
+
+
+def _make_dense(pipe: Any) -> None:
+    """Take the method off; over ranks, which stock attention may not know, put "dense" on."""
+    if getattr(pipe, "_dit_accel_parallel", None) is None:
+        restore_pipeline(pipe)
+    else:
+        accelerate_pipeline(pipe, "dense")
 
 
 def at_once(method: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dit_accel.calibration import Calibration
     from dit_accel.choosing.choice import Choice
     from dit_accel.guard.records import GuardReport
+    from dit_accel.parallel.reports import KnownShares
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class CallRecord:
     step: int | None
     layer: int
     branch: str
-    plan: DensePlan | BlockSparsePlan | PastJointPlan
+    plan: DensePlan | BlockSparsePlan | PastJointPlan | KnownShares
     operator: str
     precision: str
     reason: str = ""

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.call import AttentionCall, TokenLayout, text_back, text_last
-from dit_accel.compat import dense_attention, parallel_config
-from dit_accel.errors import ContextParallelError, OptionError
+from dit_accel.compat import dense_attention
+from dit_accel.errors import OptionError
 from dit_accel.grid import RASTER, TokenOrder
 from dit_accel.guard.engine import Guard
 from dit_accel.kernels.precision import check_device
 from dit_accel.methods.base import AttentionMethod, StaticMethod
-from dit_accel.methods.selecting import SelectingMethod
 from dit_accel.operators import AttentionOutput, Operator, choose_operator, make_operators
+from dit_accel.parallel.context import ContextParallel
+from dit_accel.parallel.split import Split, Streams
 from dit_accel.pipelines.base import ForwardInputs, PipelineFamily, TokenShuffle
 from dit_accel.plan import AttentionPlan, BlockSparsePlan, DensePlan, JointPlan, PastJointPlan
+from dit_accel.planning import Planner
 from dit_accel.reordering import Reorderings
 from dit_accel.report import CallRecord, Recorder, time_mark
 from dit_accel.running import RunningForward
@@ -61,13 +63,14 @@ class Runtime:
         self.sessions: Sequence[Session] = ()
         self.shuffle = TokenShuffle()
         self.layer: Tensor | None = None  # 0-d, so that all compiled blocks share one graph
+        self._planner = Planner(method, density, schedule.min_tokens)
         self._operators = make_operators(precision)
+        self._parallel = ContextParallel(
+            self._planner, self.recorder, backend, self._operators, self._record_call
+        )
         self._started: tuple[Moment, Any] | None = None  # of the running forward, and when
         self._running: RunningForward | None = None
-        self._methods: dict[TokenLayout, AttentionMethod] = {}
-        self._plans: dict[Any, AttentionPlan] = {}
         self._lists: dict[Any, BlockSparsePlan] = {}  # where an LSE is needed, dense ones too
-        self._selections: dict[Any, tuple[int, Tensor]] = {}  # of the running generation, by step
         self._reorderings = Reorderings()
 
     @property
@@ -79,13 +82,16 @@ class Runtime:
     # ------------------------------------------------------------------ one transformer call
 
     def enter(
-        self, transformer: nn.Module, kwargs: dict[str, Any], num_layers: int, parallel: bool
+        self, transformer: nn.Module, kwargs: dict[str, Any], num_layers: int, parallel: Any
     ) -> dict[str, Any]:
-        """Prepare one forward of ``transformer``; return the arguments to run it with."""
+        """Prepare one forward of ``transformer``; return the arguments to run it with.
+
+        ``parallel`` is the config under which diffusers spreads its tokens over ranks, if it does.
+        """
         check_device(self.precision, kwargs["hidden_states"].device)
         moment = self.tracker.advance(kwargs.get("timestep"))
         if moment.generation != self.recorder.generation:
-            self._selections.clear()
+            self._planner.begin()
             if self.guard is not None:
                 self.guard.begin()
             for session in self.sessions:
@@ -114,6 +120,8 @@ class Runtime:
     def _forget_forward(self) -> None:
         self._running = None
         self.shuffle.gather = self.shuffle.scatter = None
+        self.shuffle.rank, self.shuffle.ranks = 0, 1
+        self.seam.split = None
 
     def _enter_attention(
         self,
@@ -121,16 +129,10 @@ class Runtime:
         kwargs: dict[str, Any],
         moment: Moment,
         num_layers: int,
-        parallel: bool,
+        parallel: Any,
     ) -> dict[str, Any]:
         inputs = self.family.read_inputs(transformer, kwargs)
         layout = inputs.layouts[0]
-        if parallel and layout.text_length:
-            raise ContextParallelError(
-                "context parallelism interleaves text and video tokens in this family; "
-                "accelerate_pipeline can't follow that yet: restore_pipeline first, or run "
-                "without enable_parallelism."
-            )
         resolution, method = self._method_now(layout)
         if method is None:
             return kwargs
@@ -140,14 +142,19 @@ class Runtime:
                 "run without them, or leave the method out."
             )
         if self.guard is not None:
-            layers = self.family.attention_layers(transformer)
-            self.guard.enter(id(transformer), moment.step, parallel_config(layers))
+            self.guard.enter(id(transformer), moment.step, parallel)
         wanted = method.token_order(layout.grid)
         call = AttentionCall(layout, step=moment.step, num_steps=moment.num_steps)
         dense_step = resolution is None and self.schedule.dense_step_reason(call) is not None
-        order = RASTER
-        if not dense_step:
-            order = self._reorder(inputs, wanted, parallel, kwargs["hidden_states"].device)
+        order, split, kwargs = RASTER, None, inputs.kwargs
+        if parallel is not None:
+            order = wanted
+            split, kwargs = self._parallel.enter(
+                parallel, self.family, inputs, method, wanted, self.shuffle
+            )
+            self.seam.split = split
+        elif not dense_step:
+            order = self._reorder(inputs, wanted, kwargs["hidden_states"].device)
         self._running = RunningForward(
             inputs.layouts,
             method,
@@ -159,8 +166,9 @@ class Runtime:
             dense_step,
             id(transformer),
             resolution,
+            split=split,
         )
-        return inputs.kwargs
+        return kwargs
 
     def _method_now(
         self, layout: TokenLayout
@@ -171,22 +179,19 @@ class Runtime:
                 own = session.method_at(layout)
                 if own is not None:
                     return session, own
-        return None, None if self.method is None else self._method_for(layout)
+        return None, None if self.method is None else self._planner.method_for(layout)
 
     def _reorder(
-        self,
-        inputs: ForwardInputs,
-        wanted: TokenOrder,
-        parallel: bool,
-        device: torch.device,
+        self, inputs: ForwardInputs, wanted: TokenOrder, device: torch.device
     ) -> TokenOrder:
         """Put this forward's tokens into the wanted order if possible; return their order."""
         layout = inputs.layouts[0]
         if wanted.is_raster and not inputs.tail_first:
             return RASTER
-        reason = "context parallelism is on" if parallel else inputs.keep_order
-        if reason is not None:
-            self.recorder.note(f"tokens are reordered in every layer, not once per step: {reason}")
+        if inputs.keep_order is not None:
+            self.recorder.note(
+                f"tokens are reordered in every layer, not once per step: {inputs.keep_order}"
+            )
             return RASTER
         self.shuffle.gather, self.shuffle.scatter = self._reorderings.of_forward(
             layout.grid, wanted, inputs.tail_first, device
@@ -204,7 +209,56 @@ class Runtime:
         scale: float | None,
         layer: Tensor | None,
     ) -> Tensor:
-        """Run one layer's attention on ``[B, N, H, D]`` and record what was done."""
+        """Run one layer's attention on ``[B, N, H, D]`` and record what was done.
+
+        Under context parallelism these are the tokens that this rank holds.
+        """
+        running = self._running
+        if running is None or running.split is None or query.shape[1] != key.shape[1]:
+            return self._whole(query, key, value, mask, scale, layer)
+        return running.split.attend(
+            (query, key, value),
+            lambda qkv: self._whole(*qkv, None, scale, layer),
+            partial(self._ring, scale=scale, layer=layer, running=running),
+        )
+
+    def _ring(
+        self,
+        split: Split,
+        query: Streams,
+        key: Streams,
+        value: Streams,
+        *,
+        scale: float | None,
+        layer: Tensor | None,
+        running: RunningForward,
+    ) -> Streams:
+        """Run one layer's attention over the parts of a ring."""
+        layout = running.layouts[0] if query[1] is not None else running.image_layout
+        call = self._call(running, layer, layout, query[0])
+        reason = self.schedule.dense_reason(call)
+        if self.guard is not None:
+            self.recorder.note("the quality guard does not look at calls that run in a ring")
+        return self._parallel.ring(split, query, key, value, call, running, reason, scale)
+
+    def _call(
+        self, running: RunningForward, layer: Tensor | None, layout: TokenLayout, query: Tensor
+    ) -> AttentionCall:
+        index, moment = 0 if layer is None else int(layer), running.moment
+        steps = moment.step, moment.num_steps, moment.branch
+        first = 0 if running.split is None else running.split.first_head(query)
+        return AttentionCall(layout, index, running.num_layers, *steps, first)
+
+    def _whole(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        layer: Tensor | None,
+    ) -> Tensor:
+        """Run one layer's attention on whole sequences."""
         output = self._attend(query, key, value, mask, scale, layer)
         if layer is not None and self._running is not None and query.shape[1] == key.shape[1]:
             for session in self.sessions:
@@ -224,12 +278,8 @@ class Runtime:
         running = self._running
         if running is None or query.shape[1] != key.shape[1]:
             return self._dense(query, key, value, mask, scale)
-        index = 0 if layer is None else int(layer)
         layouts = tuple(running.layout_of(query.shape[1], layout) for layout in running.layouts)
-        moment = running.moment
-        call = AttentionCall(
-            layouts[0], index, running.num_layers, moment.step, moment.num_steps, moment.branch
-        )
+        call = self._call(running, layer, layouts[0], query)
         reason = None if running.resolution else self.schedule.dense_reason(call)
         if not running.mask_explained:
             reason = reason or "the model masks text in the middle"
@@ -246,18 +296,6 @@ class Runtime:
                 replace(running, sample=i),
             )  # fmt: skip
         return out
-
-    def _method_for(self, layout: TokenLayout) -> AttentionMethod:
-        """Return the method with its options set for the requested density on ``layout``."""
-        if layout not in self._methods:
-            method, density = self.method, self.density
-            if method is None:
-                raise RuntimeError("asked for an attention method where none is attached")
-            short = layout.video_length < self.schedule.min_tokens  # dense, however few blocks
-            if density is not None and density < 1 and not short:
-                method = method.at_density(density, layout)
-            self._methods[layout] = method
-        return self._methods[layout]
 
     def _sample(
         self,
@@ -307,7 +345,7 @@ class Runtime:
         ) -> Tensor:
             if self.method is None:
                 return self._dense(*qkv, None, scale, call, "no attention method is chosen")
-            method, reason = self._method_for(call.layout), self.schedule.dense_reason(call)
+            method, reason = self._planner.method_for(call.layout), self.schedule.dense_reason(call)
             as_usual = replace(
                 running, method=method, wanted=method.token_order(call.layout.grid), resolution=None
             )
@@ -383,7 +421,7 @@ class Runtime:
             q, k, v = (text_last(x, layout) for x in (query, key, value))
             last = replace(call, layout=replace(layout, text_first=False))
             return text_back(self._planned(q, k, v, scale, last, running), layout, dim=1)
-        plan = self._plan(query, key, value, call, running)
+        plan = self._planner.plan(query, key, value, call, running)
         scale = running.method.scaled(scale, query.shape[-1])
         if isinstance(plan, DensePlan):
             return self._dense(query, key, value, None, scale, call, plan.reason)
@@ -426,50 +464,6 @@ class Runtime:
             self.recorder.tuning[choice.operator.name] = tuning.source
         return choice.operator
 
-    def _plan(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        call: AttentionCall,
-        running: RunningForward,
-    ) -> AttentionPlan:
-        method, order = running.method, running.wanted
-        if self.density == 1 and running.resolution is None:
-            return DensePlan("density=1", order)
-        if not isinstance(method, StaticMethod) and running.resolution is None:
-            # Some layers see the video alone, and samples have texts of different lengths.
-            method = self._method_for(call.layout)
-        if isinstance(method, SelectingMethod) and method.refresh_every > 1:
-            return self._reused_plan(query, key, value, call, method, running)
-        if not isinstance(method, StaticMethod):
-            return method.plan(call, query, key, value, order)
-        where = (method, call.layout, order, query.device)
-        if where not in self._plans:
-            self._plans[where] = method.plan(call, query, key, value, order)
-        return self._plans[where]
-
-    def _reused_plan(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        call: AttentionCall,
-        method: SelectingMethod,
-        running: RunningForward,
-    ) -> AttentionPlan:
-        """Plan by the choice that this layer and branch made a few steps ago, while that serves."""
-        transformer, sample, order = running.transformer, running.sample, running.wanted
-        where = (transformer, sample, call.layer, call.branch, call.layout, order, len(query))
-        made, selection = self._selections.get(where, (None, None))
-        step = call.step
-        if step is None or made is None or not made <= step < made + method.refresh_every:
-            selection, made = None, step
-        plan, selection = method.plan_by(selection, call, query, key, value, order)
-        if made is not None and selection is not None:
-            self._selections[where] = made, selection
-        return plan
-
     def _dense(
         self,
         query: Tensor,
@@ -494,6 +488,11 @@ class Runtime:
         self.recorder.calls.append(
             CallRecord(call.step, call.layer, call.branch, past, operator, precision, reason)
         )
+
+    def _record_call(
+        self, call: AttentionCall, plan: AttentionPlan, operator: str, query: Tensor, reason: str
+    ) -> None:
+        self._record(call, plan, operator, self.precision or _dtype_name(query), reason)
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -28,6 +28,7 @@ from dit_accel.errors import OptionError
 from dit_accel.grid import TokenOrder
 from dit_accel.kinds import Method
 from dit_accel.methods.base import AttentionMethod
+from dit_accel.parallel.split import Split
 from dit_accel.pipelines.base import PipelineFamily, Undo
 from dit_accel.plan import AttentionPlan
 from dit_accel.report import Recorder
@@ -197,6 +198,7 @@ class Seam:
 
     def __init__(self, family: PipelineFamily, tracker: CallTracker, recorder: Recorder) -> None:
         self.family, self.tracker, self.recorder = family, tracker, recorder
+        self.split: Split | None = None  # how the running forward's tokens are spread over ranks
         self._interceptions: dict[nn.Module, Interception] = {}
 
     def intercept(self, module: nn.Module, run: Run, *, innermost: bool = False) -> None:
@@ -254,7 +256,7 @@ class Interception:
     def renew(self) -> None:
         """Take the first place again if ``module.compile()`` took it."""
         current = self.module.__dict__.get(_SLOT)
-        if current is not self:
+        if self not in _standing(current):
             self.inner = current
             self.module.__dict__[_SLOT] = self
 
@@ -302,7 +304,17 @@ def intercept_pipeline(pipe: Any, run: Run) -> Undo:
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called, interceptions aside."""
     slot = module.__dict__.get(_SLOT)
-    return (slot.inner if isinstance(slot, Interception) else slot) is not None
+    standing = _standing(slot)
+    return (standing[-1].inner if standing else slot) is not None
+
+
+def _standing(slot: Any) -> list[Interception]:
+    """Return the interceptions in front of a module, the outermost first."""
+    found = []
+    while isinstance(slot, Interception):
+        found.append(slot)
+        slot = slot.inner
+    return found
 
 
 def arguments_by_name(

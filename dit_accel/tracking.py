@@ -82,8 +82,18 @@ class CallTracker:
             finally:
                 self._named_branch = self._named_step = None
 
+        before = transformer.__dict__.get("cache_context")
         transformer.cache_context = cache_context  # type: ignore[assignment]
-        return lambda: transformer.__dict__.pop("cache_context", None)
+
+        def stop() -> None:
+            if transformer.__dict__.get("cache_context") is not cache_context:
+                return  # somebody listens in front of us, and passes names on
+            if before is None:
+                del transformer.__dict__["cache_context"]
+            else:
+                transformer.__dict__["cache_context"] = before
+
+        return stop
 
     def advance(self, timestep: Tensor | None) -> Moment:
         """Note that a transformer is about to run.

@@ -292,7 +292,7 @@ class StackSession(Session):
         if gate.first_blocks and running.first is not None:
             residual = streams.video - running.first.video
             running.first = None
-        parallel = compat.parallel_config(self.seam.family.attention_layers(forward.transformer))
+        parallel = compat.parallel_config(forward.transformer)
         look = Look(
             forward.moment,
             forward.kwargs["hidden_states"],

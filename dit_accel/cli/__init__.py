@@ -9,7 +9,7 @@ import typer
 
 from dit_accel.cli import bench, caching, evaluation, generate, headhunt, inspection
 from dit_accel.cli.output import complain
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, RankFailedError
 
 app = typer.Typer(
     help="Fast diffusion transformers: generate, compare, measure, and look at what can run here.",
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a refused request ends with one line and exit code 2."""
     try:
         app(args=None if arguments is None else list(arguments))
+    except RankFailedError:
+        sys.exit(2)  # the rank that failed has said why
     except DitAccelError as error:
         complain(error)
         sys.exit(2)

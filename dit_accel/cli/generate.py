@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +57,12 @@ CalibrationFile = Annotated[
     Path | None, typer.Option(help="A file of `calibrate --method auto`: nothing is tried.")
 ]
 Compare = Annotated[bool, typer.Option("--compare", help="Generate densely too, and compare.")]
+Parallel = Annotated[
+    str | None,
+    typer.Option(
+        help="Under torchrun: ulysses=N, ring=N, cfg=2, or several with commas.", metavar="SPLIT"
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: float32 on a CPU.")]
 
 
@@ -107,10 +113,14 @@ def generate(
     guard: GuardSwitch = None,
     guard_error: GuardError = None,
     report_picture: ReportPicture = None,
+    parallel: Parallel = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Generate PROMPT with an accelerated pipeline, and write a report beside OUTPUT.
+
+    Several GPUs share one generation under
+    `torchrun --nproc-per-node N -m dit_accel.cli generate ... --parallel SPLIT`.
 
     --compare generates it densely too (OUTPUT.dense.mp4) and reports both times, the achieved
     density and the PSNR between the two. Settings that are left out are the model's own. With
@@ -118,10 +128,10 @@ def generate(
     what was measured is kept for the next time.
     """
     from dit_accel.choosing.automatic import probe_for
-    from dit_accel.environment import pick_device
     from dit_accel.files import check_outputs
-    from dit_accel.generation import GenerationRequest, generate_accelerated, pipeline_arguments
-    from dit_accel.models import generation_defaults, load_pipeline, pipeline_outline
+    from dit_accel.generation import generate_accelerated
+    from dit_accel.models import generation_defaults, load_pipeline
+    from dit_accel.parallel.session import ranks_of
 
     quieten_libraries()
     budget = {"min_psnr": min_psnr, "max_error": max_error, "target_speedup": target_speedup}
@@ -132,42 +142,65 @@ def generate(
     outputs = Outputs(output, report_picture)
     _check_picture(report_picture, methods)
     check_outputs(outputs.all(compare), force=force)
-    defaults = generation_defaults(model)
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "frames": frames,
-        "height": height,
-        "width": width,
-        "guidance": guidance,
-    }
-    for name, value in settings.items():
-        settings[name] = getattr(defaults, name) if value is None else value
-    request = GenerationRequest(prompt=prompt, negative_prompt=negative, seed=seed, **settings)
-    place, precision = pick_device(device), pick_dtype(dtype)
+    settings = {"steps": steps, "guidance": guidance, "frames": frames}
+    settings |= {"height": height, "width": width}
+    request = _request(model, prompt, negative, seed, settings)
+    precision, fps = pick_dtype(dtype), generation_defaults(model).fps
     _check_suffix(output, model)
-    outline = pipeline_outline(model)
-    if outline is not None:
-        pipeline_arguments(outline, request)  # refuses what this pipeline can't make
 
-    with plain_warnings(), progress_bars() as progress:
-        progress(f"loading {model}", 0, 1)
-        pipe = load_pipeline(model, device=place, dtype=precision)
-        progress(f"loading {model}", 1, 1)
+    with plain_warnings(), ranks_of(parallel, device) as ranks, progress_bars() as bars:
+        tell = bars if ranks.first else _silent
+        tell(f"loading {model}", 0, 1)
+        pipe = ranks.spread(load_pipeline(model, device=ranks.device, dtype=precision))
+        tell(f"loading {model}", 1, 1)
         if wish and calibration is None:
             chosen["probe"] = probe_for(pipe, request)
         result = generate_accelerated(
-            pipe, request, methods, chosen, compare=compare, progress=progress
+            pipe, request, methods, chosen, compare=compare, progress=tell
         )
-        progress("writing", 0, 1)
-        report = _write(outputs, result, defaults.fps, model, request, place)
-        progress("writing", 1, 1)
+        result = replace(result, report=ranks.report(result.report))
+        if not ranks.first:
+            return
+        tell("writing", 0, 1)
+        report = _write(outputs, result, fps, model, request, ranks.device)
+        tell("writing", 1, 1)
     if as_json:
         print_json(report)
         return
+    _tell(result, outputs.all(compare))
+
+
+def _tell(result: Result, written: list[Path]) -> None:
+    """Print the report for people, and which files were written."""
     console = Console()
     console.print(_summary(result))
-    for path in outputs.all(compare):
+    for path in written:
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _request(
+    model: str,
+    prompt: str,
+    negative: str | None,
+    seed: int,
+    settings: dict[str, Any],
+) -> GenerationRequest:
+    """Return what to generate, what is left out as the model likes it."""
+    from dit_accel.generation import GenerationRequest, pipeline_arguments
+    from dit_accel.models import generation_defaults, pipeline_outline
+
+    defaults = generation_defaults(model)
+    for name, value in settings.items():
+        settings[name] = getattr(defaults, name) if value is None else value
+    request = GenerationRequest(prompt=prompt, negative_prompt=negative, seed=seed, **settings)
+    outline = pipeline_outline(model)
+    if outline is not None:
+        pipeline_arguments(outline, request)  # refuses what this pipeline can't make
+    return request
+
+
+def _silent(_stage: str, _done: int, _total: int) -> None:
+    """Show no progress: rank 0 does."""
 
 
 def _write(

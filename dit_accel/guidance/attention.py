@@ -9,7 +9,7 @@ queries and keys, and ``P V`` is one row for all tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from dit_accel import compat
 from dit_accel.errors import ContextParallelError, OptionError
 from dit_accel.guidance.base import Perturbation, Switch, check_layers
+from dit_accel.parallel.split import Split
 from dit_accel.pipelines.base import PipelineFamily
 from dit_accel.session import Forward, Seam, is_compiled
 
 Target = Literal["identity", "uniform", "query_mean"]
 Scope = Literal["joint", "image"]
+
+Reduce = Callable[[Tensor], Tensor]
 
 HeadStrengths = Mapping[int, Mapping[int, float]]
 """Strength by layer and head."""
@@ -49,30 +52,43 @@ def heads_per_layer(family: PipelineFamily, transformer: nn.Module) -> int:
 
 @dataclass
 class _Rows:
-    """How the tokens of the running forward are divided.
+    """How the tokens of the running forward are divided, or those of them that a rank holds.
 
     Attributes:
         text: text rows of the sequence that attention sees.
         text_first: whether they come first.
         valid_text: text rows per sample that are no padding; None if all are.
+        valid_image: image rows that are no padding; None if all are.
     """
 
     text: int = 0
     text_first: bool = False
     valid_text: tuple[int, ...] | None = None
+    valid_image: int | None = None
 
     def image(self, length: int) -> slice:
         """Return where the image tokens are in a sequence of this length."""
         return slice(self.text, length) if self.text_first else slice(0, length - self.text)
 
-    def valid(self, like: Tensor, image: int) -> Tensor:
+    def valid(self, like: Tensor, image: int, text_first: bool = False) -> Tensor:
         """Return bool ``[B, N]`` for a sequence ``[B, N, ...]`` of ``image`` and text tokens."""
-        batch, length = like.shape[:2]
-        if self.valid_text is None:
-            return torch.ones(batch, length, dtype=torch.bool, device=like.device)
-        lengths = self.valid_text * (batch // len(self.valid_text))
-        ends = torch.tensor(lengths, device=like.device)[:, None] + image
-        return torch.arange(length, device=like.device) < ends
+        batch, text = len(like), like.shape[1] - image
+        lengths = (text,) if self.valid_text is None else self.valid_text
+        counts = [self.valid_image if self.valid_image is not None else image] * batch
+        parts = [
+            torch.arange(rows, device=like.device) < torch.tensor(ends, device=like.device)[:, None]
+            for rows, ends in ((image, counts), (text, lengths * (batch // len(lengths))))
+        ]
+        return torch.cat(parts[::-1] if text_first else parts, 1)
+
+    def held(self, split: Split | None, ranks: int) -> _Rows:
+        """Return the rows of this that a rank holds; without ``split`` all hold as many."""
+        if split is None:
+            return replace(self, text=self.text // ranks)
+        before = split.group.rank * split.text_rows
+        lengths = self.valid_text or (split.text_length,)
+        valid = tuple(min(max(n - before, 0), split.text_rows) for n in lengths)
+        return _Rows(split.text_rows, self.text_first, valid, split.own_image_rows)
 
 
 class HeadPerturbation(Perturbation):
@@ -93,6 +109,7 @@ class HeadPerturbation(Perturbation):
         super().__init__(first=min(heads))
         self.target, self.scope, self.seam, self.switch = target, scope, seam, switch
         self.rows = _Rows()
+        self.reduce: Reduce = lambda sums: sums
         self._blocks = [blocks[layer] for layer in heads]
         self._heads: dict[int, _Heads] = {}  # by attention layer
         self._taps: list[_Tap] = []
@@ -116,25 +133,33 @@ class HeadPerturbation(Perturbation):
             )
         family, kwargs = self.seam.family, dict(forward.kwargs)
         joint = "text" in family.block_output
+        parallel, split = compat.parallel_config(forward.transformer), self.seam.split
         text = kwargs["encoder_hidden_states"].shape[1] if joint else 0
+        text = text if split is None else split.text_length  # padded, by now
         self.rows = _Rows(text, family.text_first)
-        layers = family.attention_layers(forward.transformer)
-        local = self.target == "identity" and (self.scope == "joint" or not joint)
-        if compat.parallel_config(layers) is not None and not local:
+        self.reduce = partial(compat.sum_over_sequence, parallel)
+        if self.target == "query_mean" and split is not None and split.group.ring.size > 1:
             raise ContextParallelError(
-                f"perturbation={self.target!r} with scope={self.scope!r} needs all tokens at once, "
-                "which context parallelism spreads: choose 'identity' and 'joint'."
+                "perturbation='query_mean' needs all keys at once, which a ring passes by in "
+                "parts: choose ulysses=... or perturbation='identity'."
             )
-        if self.target == "identity":
-            return
-        inputs = family.read_inputs(forward.transformer, kwargs)
+        if self.target != "identity":
+            self._read_valid(forward, joint)
+        if parallel is not None and self.target != "query_mean":
+            self.rows = self.rows.held(split, compat.sequence_ranks(parallel))
+
+    def _read_valid(self, forward: Forward, joint: bool) -> None:
+        """Find out which text tokens count."""
+        family = self.seam.family
+        inputs = family.read_inputs(forward.transformer, dict(forward.kwargs))
         if not inputs.mask_explained:
             raise OptionError(
                 f"perturbation={self.target!r} can't tell which text tokens count, because the "
                 "text mask has holes: choose perturbation='identity'."
             )
         if joint and not family.text_first:
-            self.rows.valid_text = tuple(layout.text_length for layout in inputs.layouts)
+            lengths = (layout.text_length for layout in inputs.layouts)
+            self.rows.valid_text = tuple(min(length, self.rows.text) for length in lengths)
 
     def leave(self) -> None:
         """See `Perturbation.leave`."""
@@ -148,10 +173,12 @@ class HeadPerturbation(Perturbation):
         heads = self._heads.get(layer)
         if self.target != "query_mean" or heads is None:
             return output
+        if self.seam.split is not None:
+            heads = heads.of_share(self.seam.split.first_head(output), output.shape[2])
         index = heads.index(output)
         query, key, value = (tokens[:, :, index].to(_wide(tokens)) for tokens in qkv)
         image = query.shape[1] - self.rows.text
-        valid = self.rows.valid(query, image)
+        valid = self.rows.valid(query, image, self.rows.text_first)
         perturbed = valid
         if self.scope == "image":
             perturbed = torch.zeros_like(valid)
@@ -183,11 +210,18 @@ class _Heads:
                     f"head {head} of layer {layer} is out of range: it has {total} heads, 0 to "
                     f"{total - 1}."
                 )
-        self.total, self.heads, self.strengths = total, list(strengths), list(strengths.values())
+        self.layer, self.total = layer, total
+        self.heads, self.strengths = list(strengths), list(strengths.values())
+
+    def of_share(self, first: int, count: int) -> _Heads:
+        """Return what is chosen among ``count`` heads from ``first`` on."""
+        chosen = zip(self.heads, self.strengths, strict=True)
+        own = {head - first: strength for head, strength in chosen if 0 <= head - first < count}
+        return _Heads(self.layer, own, count)
 
     def index(self, like: Tensor) -> Tensor:
         """Return the chosen heads as an index."""
-        return torch.tensor(self.heads, device=like.device)
+        return torch.tensor(self.heads, device=like.device, dtype=torch.long)
 
     def mix(self, tokens: Tensor, target: Tensor, switch: Switch) -> Tensor:
         """Return ``tokens`` with the chosen heads moved toward ``target``.
@@ -274,9 +308,11 @@ class _Tap:
             return chosen(self.values[name])
         image = self.values["value"].shape[1]
         whole = torch.cat(list(self.values.values()), 1)
-        if len(self.values) == 1:
-            image -= self.perturbation.rows.text
-        return _masked_mean(chosen(whole), self.perturbation.rows.valid(whole, image)).unsqueeze(1)
+        rows, together = self.perturbation.rows, len(self.values) == 1
+        if together:
+            image -= rows.text
+        valid = rows.valid(whole, image, rows.text_first and together)
+        return _masked_mean(chosen(whole), valid, self.perturbation.reduce).unsqueeze(1)
 
 
 def _parts(module: Any) -> dict[str, nn.Module]:
@@ -292,11 +328,14 @@ def _parts(module: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over the rows of ``[B, N, H, D]`` where bool ``[B, N]`` is true."""
+def _masked_mean(tokens: Tensor, mask: Tensor, reduce: Reduce = lambda sums: sums) -> Tensor:
+    """Return the mean over the rows of ``[B, N, H, D]`` where bool ``[B, N]`` is true.
+
+    ``reduce`` adds up sums and counts over the ranks that hold the other rows.
+    """
     weights = mask.to(tokens.dtype)
     total = torch.einsum("bn,bnhd->bhd", weights, tokens)
-    return total / weights.sum(1)[:, None, None]
+    return reduce(total) / reduce(weights.sum(1))[:, None, None]
 
 
 def _wide(tokens: Tensor) -> torch.dtype:

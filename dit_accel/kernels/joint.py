@@ -45,7 +45,8 @@ MAX_BLOCK_SIZE = 128
 
 # Sizes that must not make Triton compile again whenever they happen to be 1 or divisible by 16.
 _SIZES = (
-    "num_heads", "num_video", "num_text", "video_start", "text_start", "list_sb", "list_sh",
+    "num_heads", "num_queries", "num_video", "num_text", "video_start", "text_start", "list_sb",
+    "list_sh",
 )  # fmt: skip
 
 
@@ -143,8 +144,8 @@ def _joint_forward(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, levels, counts, index,
     k2_ptr, v2_ptr, k4_ptr, v4_ptr, k8_ptr, v8_ptr, mean_k_ptr, mean_v_ptr,
     mean_k_desc, mean_v_desc, moment, factor, added,
-    scale_log2, num_heads, num_video, num_text, video_start, text_start, list_sb, list_sh,
-    q_sb, q_sn, q_sh, q_sd, k_sb, k_sn, k_sh, k_sd, v_sb, v_sn, v_sh, v_sd,
+    scale_log2, num_heads, num_queries, num_video, num_text, video_start, text_start, list_sb,
+    list_sh, q_sb, q_sn, q_sh, q_sd, k_sb, k_sn, k_sh, k_sd, v_sb, v_sn, v_sh, v_sd,
     QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
@@ -153,11 +154,13 @@ def _joint_forward(
     """One program: ``BLOCK_M`` query rows of one head.
 
     Pointers from ``k2_ptr`` to ``added`` are None where nothing of that kind is attended or
-    applied, which leaves its code out. Long for the same reason as `block_sparse`'s kernel.
+    applied, which leaves its code out. There are ``num_queries`` video queries and ``num_video``
+    video keys; they differ only where there is no text. Long for the same reason as
+    `block_sparse`'s kernel.
     """
     LN2: tl.constexpr = 0.6931471805599453
     # Which rows: text queries first, because they visit every key and take the longest.
-    video_tiles = tl.cdiv(num_video, BLOCK_M)
+    video_tiles = tl.cdiv(num_queries, BLOCK_M)
     text_tiles = tl.cdiv(num_text, BLOCK_M)
     all_heads = tl.num_programs(0) // (video_tiles + text_tiles)
     program = tl.program_id(0)
@@ -173,7 +176,7 @@ def _joint_forward(
     video_end = video_start + num_video
     text_end = text_start + num_text
     first = tl.where(is_text, text_start, video_start) + tile * BLOCK_M
-    end = tl.where(is_text, text_end, video_end)
+    end = tl.where(is_text, text_end, video_start + num_queries)
 
     q_base = q_ptr + b64 * q_sb + h64 * q_sh
     q = _load_rows(q_base, first, end, q_sn, q_sd, BLOCK_M, HEAD_SIZE, BLOCK_D, True)
@@ -281,11 +284,11 @@ def _joint_forward(
                 acc = tl.dot(part, slope, acc, input_precision=PRECISION)
 
     # Rows that saw no key have total 0: output 0 and log-sum -inf.
-    num_rows = (num_video + num_text).to(tl.int64)
+    num_rows = (num_queries + num_text).to(tl.int64)
     rows = first + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    query_blocks = tl.cdiv(num_video, QUERY_BLOCK)
+    query_blocks = tl.cdiv(num_queries, QUERY_BLOCK)
     # Query block 0 stands in for the text, which takes no part in either.
     if factor is not None:
         factor_here = tl.load(factor + head * query_blocks + query_tile)
@@ -351,8 +354,8 @@ def joint_sparse_attention(
     Args:
         query: ``[B, N, H, D]`` with ``D <= 256``; float16, bfloat16 or float32 (then with
             full-precision products); any strides.
-        key: like ``query``.
-        value: like ``query``.
+        key: like ``query``; without text it may have another number of tokens.
+        value: like ``key``.
         levels: int8 ``[B|1, H|1, Q, K]`` over blocks of the ``V = N - text_length`` video tokens:
             1 exact, 2, 4 or 8 pooled, 0 left out. A pooled level may only occur if ``statistics``
             has its means; on a GPU, which is not waited for, a device assertion fails otherwise.
@@ -403,9 +406,13 @@ def _check_call(
     query: Tensor, key: Tensor, value: Tensor, levels: Tensor,
     query_block: int, key_block: int, text_length: int,
 ) -> None:  # fmt: skip
-    if query.ndim != 4 or query.shape != key.shape or query.shape != value.shape:
-        shapes = [tuple(t.shape) for t in (query, key, value)]
-        raise OptionError(f"query, key and value must share one shape [B, N, H, D], not {shapes}.")
+    shapes = [tuple(t.shape) for t in (query, key, value)]
+    ranks = {len(shape) for shape in shapes}
+    if ranks != {4} or key.shape != value.shape or not _fit(query, key, text_length):
+        raise OptionError(
+            f"query, key and value must share one shape [B, N, H, D], not {shapes}; only without "
+            "text may there be more or fewer keys than queries."
+        )
     devices = {str(t.device) for t in (query, key, value, levels)}
     if len(devices) > 1 or len({query.dtype, key.dtype, value.dtype}) > 1:
         raise OptionError(
@@ -417,9 +424,9 @@ def _check_call(
         if size > MAX_BLOCK_SIZE:
             raise OptionError(f"a block of {size} tokens is too large; take {MAX_BLOCK_SIZE}.")
     batch, num_tokens, heads, _ = query.shape
-    video = num_tokens - text_length
-    blocks = (-(-video // query_block), -(-video // key_block))
-    if text_length < 0 or video < 1 or levels.ndim != 4 or levels.shape[2:] != blocks:
+    video, keys = num_tokens - text_length, key.shape[1] - text_length
+    blocks = (-(-video // query_block), -(-keys // key_block))
+    if text_length < 0 or video < 1 or keys < 1 or levels.ndim != 4 or levels.shape[2:] != blocks:
         raise GridMismatchError(
             f"{num_tokens} tokens with {text_length=} make {blocks[0]} query blocks of "
             f"{query_block} and {blocks[1]} key blocks of {key_block}, but levels has shape "
@@ -432,6 +439,12 @@ def _check_call(
             f"levels of shape {tuple(levels.shape)} fit neither batch {batch} and {heads} heads "
             f"nor 1 in their place."
         )
+
+
+def _fit(query: Tensor, key: Tensor, text_length: int) -> bool:
+    """Whether two tensors differ at most in how many tokens they have, and in that without text."""
+    beside = (*query.shape[:1], *query.shape[2:]) == (*key.shape[:1], *key.shape[2:])
+    return beside and (text_length == 0 or query.shape == key.shape)
 
 
 def _check_per_block(
@@ -518,8 +531,8 @@ def _joint_op(
         fits_copy_engine(t, block_d) for t in (key, value, *centroids) if t is not None
     )
     box = [1, block_n, 1, block_d]
-    num_video = num_tokens - text_length
-    tiles = triton.cdiv(num_video, block_m) + triton.cdiv(text_length, block_m)
+    num_queries, num_video = num_tokens - text_length, key.shape[1] - text_length
+    tiles = triton.cdiv(num_queries, block_m) + triton.cdiv(text_length, block_m)
     list_batch, list_heads, rows, _ = levels.shape
     descriptors: list[TensorDescriptor | None] = [None, None]
     if use_tma and key_mean is not None:
@@ -535,7 +548,7 @@ def _joint_op(
             TensorDescriptor(value, value.shape, value.stride(), box) if use_tma else None,
             out, lse, levels, counts, index,
             *pooled, *centroids, *descriptors, *extras,
-            scale * math.log2(math.e), heads, num_video, text_length,
+            scale * math.log2(math.e), heads, num_queries, num_video, text_length,
             text_length if text_first else 0, 0 if text_first else num_video,
             list_heads * rows if list_batch > 1 else 0, rows if list_heads > 1 else 0,
             *query.stride(), *key.stride(), *value.stride(),

@@ -41,8 +41,8 @@ def gathered_joint_attention(
     Args:
         query: ``[B, N, H, D]``: V video rows, then ``text_length`` text rows; computed in float32
             (float64 for float64 inputs).
-        key: likewise.
-        value: likewise.
+        key: likewise; without text it may have another number of tokens.
+        value: like ``key``.
         levels: int8 ``[B|1, H|1, Q, K]`` over video blocks: 1 exact, 2, 4 or 8 pooled, 0 left out.
         query_block: video tokens per query block; the last may have fewer.
         key_block: video tokens per key block.
@@ -59,16 +59,16 @@ def gathered_joint_attention(
         Output ``[B, N, H, D]`` in the dtype of ``query``, and the sum or None.
     """
     batch, total, heads, size = query.shape
-    video = total - text_length
+    queries, video = total - text_length, key.shape[1] - text_length
     scale = size**-0.5 if scale is None else scale
     dtype = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
     wanted = levels.expand(batch, heads, -1, -1).flatten(0, 2)  # [B*H*Q, K]
     banks, centroids = _banks(
-        (query, key, value), (k, v), wanted, query_block, key_block, video, statistics, remainder
+        (key, value), (k, v), wanted, query_block, key_block, video, statistics, remainder
     )
     blocks = levels.shape[-2]
-    rows = F.pad(q[:, :video], (0, 0, 0, blocks * query_block - video))
+    rows = F.pad(q[:, :queries], (0, 0, 0, blocks * query_block - queries))
     rows = rows.reshape(batch * heads * blocks, query_block, size)
     text = k[:, video:], v[:, video:]
     out, lse, in_remainder = _video_rows(rows, wanted, banks, centroids, text, scale)
@@ -83,13 +83,13 @@ def gathered_joint_attention(
         out *= row_factor.flatten()[:, None, None]
     if added is not None:
         out += added.flatten(0, 2)[:, None]
-    text_out = F.scaled_dot_product_attention(q[:, video:], k, v, scale=scale)
-    out = torch.cat([out.view(batch * heads, -1, size)[:, :video], text_out], 1)
+    text_out = F.scaled_dot_product_attention(q[:, queries:], k, v, scale=scale)
+    out = torch.cat([out.view(batch * heads, -1, size)[:, :queries], text_out], 1)
     out = out.unflatten(0, (batch, heads)).transpose(1, 2).to(query.dtype)
     if not return_lse:
         return out, None
-    text_lse = (q[:, video:] @ k.mT * scale).logsumexp(-1)
-    lse = torch.cat([lse.view(batch * heads, -1)[:, :video], text_lse], 1)
+    text_lse = (q[:, queries:] @ k.mT * scale).logsumexp(-1)
+    lse = torch.cat([lse.view(batch * heads, -1)[:, :queries], text_lse], 1)
     return out, lse.unflatten(0, (batch, heads))
 
 
@@ -176,7 +176,7 @@ def _video_rows(
 
 
 def _banks(
-    inputs: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor],
     key_value: tuple[Tensor, Tensor],
     wanted: Tensor,
     query_block: int,
@@ -191,6 +191,7 @@ def _banks(
     missing = statistics is None or not set(pooled) <= set(statistics.pooled)
     if (pooled or remainder) and missing:
         statistics = block_statistics(
+            inputs[0],  # nobody asks for the means of queries
             *inputs,
             query_block=query_block,
             key_block=key_block,

@@ -69,6 +69,7 @@ class PSA(SelectingMethod):
 
     name: ClassVar[str] = "psa"
     paper: ClassVar[str] = "Pyramid Sparse Attention, arXiv 2512.04025"
+    reads_tokens: ClassVar[bool] = True
 
     density: float | None = None
     ends: Four = (0.4, 0.5, 0.6, 0.8)

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ class SelectingMethod(AttentionMethod):
         refresh_every: how many denoising steps a layer's plan serves: 1 plans every call anew. The
             method itself keeps nothing; who runs it keeps the plan.
     """
+
+    reads_tokens: ClassVar[bool] = False
+    """Whether `choose` reads video queries and keys, beside their statistics."""
 
     refresh_every: int = field(default=1, kw_only=True)
 
@@ -211,15 +214,18 @@ class SelectingMethod(AttentionMethod):
         key: Tensor,
         value: Tensor,
         order: TokenOrder,
+        statistics: BlockStatistics | None = None,
     ) -> tuple[AttentionPlan, Tensor | None]:
         """Return the plan of an earlier call's ``selection``, or of a new one, and what it was.
 
-        Means and the like are those of this call in either case.
+        Means and the like are those of this call in either case: ``statistics``, or if None what
+        is made of the tokens.
         """
         reason = self.dense_reason(call.layout)
         if reason is not None:
             return DensePlan(reason, order), None
-        statistics = self.statistics(query, key, value, call.layout)
+        if statistics is None:
+            statistics = self.statistics(query, key, value, call.layout)
         cost = 0.0
         if selection is None:
             selection = self.choose(query, key, statistics, call.layout, order)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from dit_accel.call import TokenLayout
@@ -58,11 +59,14 @@ class TokenShuffle:
     """The order of the video tokens inside the running forward, read by a family's hooks.
 
     ``gather`` and ``scatter`` are int64 index tensors over the token axis, or None while tokens
-    stay in raster order.
+    stay in raster order. ``gather`` is longer than ``scatter`` where tokens are padded, so that
+    each of ``ranks`` can hold as many; this is rank ``rank`` of them.
     """
 
     gather: Tensor | None = None
     scatter: Tensor | None = None
+    rank: int = 0
+    ranks: int = 1
 
     def into(self, tokens: Tensor, dim: int) -> Tensor:
         """Put ``tokens`` (raster along ``dim``) into the forward's order."""
@@ -71,6 +75,13 @@ class TokenShuffle:
     def back(self, tokens: Tensor, dim: int) -> Tensor:
         """Undo `into`."""
         return _select(tokens, dim, self.scatter)
+
+    def share(self, tokens: Tensor, dim: int) -> Tensor:
+        """Return this rank's share of what `into` gives."""
+        gather = self.gather
+        if gather is not None and self.ranks > 1:
+            gather = gather.chunk(self.ranks)[self.rank]
+        return _select(tokens, dim, gather)
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,20 @@ class PipelineFamily(ABC):
     def read_inputs(self, transformer: Any, kwargs: dict[str, Any]) -> ForwardInputs:
         """Describe one forward from its arguments by name."""
 
+    def pad_text(self, kwargs: dict[str, Any], extra: int) -> dict[str, Any]:
+        """Return the arguments with ``extra`` text tokens behind, which nobody will attend to."""
+        return {
+            **kwargs,
+            "encoder_hidden_states": padded(kwargs["encoder_hidden_states"], 1, extra),
+        }
+
+    def split_plan(self) -> dict[str, Any] | None:
+        """Return where tokens are split over ranks and gathered, as diffusers' ``cp_plan``.
+
+        None where diffusers' models have a plan of their own.
+        """
+        return None
+
     @abstractmethod
     def install_shuffle(self, transformer: Any, shuffle: TokenShuffle) -> list[Undo]:
         """Make the forward reorder its tokens after embedding and restore them at its end."""
@@ -186,6 +211,15 @@ class PipelineFamily(ABC):
     def install_processors(self, transformer: Any) -> list[Undo]:
         """Swap processors whose attention core can't be reached otherwise; return the undo list."""
         return []
+
+
+def padded(tokens: Tensor, dim: int, extra: int) -> Tensor:
+    """Return ``tokens`` with ``extra`` zeros behind along ``dim``."""
+    if extra == 0:
+        return tokens
+    shape = list(tokens.shape)
+    shape[dim] = extra
+    return torch.cat([tokens, tokens.new_zeros(shape)], dim)
 
 
 def _select(tokens: Tensor, dim: int, index: Tensor | None) -> Tensor:
@@ -208,3 +242,40 @@ def encoded_image(vae: Any, frames: Tensor) -> Tensor:
 def hook_output(module: nn.Module, change: Callable[[Any], Any]) -> Undo:
     """Replace the output of ``module`` by ``change(output)``; return how to undo it."""
     return module.register_forward_hook(lambda _module, _args, output: change(output)).remove
+
+
+def hook_tables(module: nn.Module, shuffle: TokenShuffle, dim: int) -> Undo:
+    """Put the rotary tables that ``module`` makes for all tokens into the forward's order.
+
+    Under context parallelism diffusers cuts them behind the module's own code, so an interception
+    makes them, and cuts them where the shuffle says.
+    """
+    from dit_accel.session import Interception
+
+    def run(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if shuffle.gather is None or shuffle.ranks == 1:
+            tables = inner(*args, **kwargs)
+        else:
+            tables = type(module).forward(module, *args, **kwargs)
+        return tuple(shuffle.share(table, dim) for table in tables)
+
+    interception = Interception(module)
+    interception.runs.append(run)
+    return interception.remove
+
+
+def block_plan(first_block: str, output: str = "proj_out") -> dict[str, Any]:
+    """Return diffusers' plan to split both streams at a block and to gather the model's output."""
+    from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+
+    split = ContextParallelInput(split_dim=1, expected_dims=3)
+    streams = {"hidden_states": split, "encoder_hidden_states": split}
+    return {first_block: streams, output: ContextParallelOutput(gather_dim=1, expected_dims=3)}
+
+
+def rotary_plan(dim: int) -> dict[str, Any]:
+    """Return diffusers' plan to split the two rotary tables ``[N, D]`` of a model's ``rope``."""
+    from diffusers.models._modeling_parallel import ContextParallelInput
+
+    split = ContextParallelInput(split_dim=dim, expected_dims=2, split_output=True)
+    return {"rope": {0: split, 1: split}}

@@ -24,6 +24,7 @@ from dit_accel.pipelines.base import (
     Undo,
     encoded_image,
     hook_output,
+    padded,
 )
 
 
@@ -83,6 +84,11 @@ class Flux(PipelineFamily):
             kwargs=kwargs,
             tail_first=reference,
         )
+
+    def pad_text(self, kwargs: dict[str, Any], extra: int) -> dict[str, Any]:
+        """Pad the text's position ids, too; see `PipelineFamily.pad_text`."""
+        ids = padded(kwargs["txt_ids"], kwargs["txt_ids"].ndim - 2, extra)
+        return {**super().pad_text(kwargs, extra), "txt_ids": ids}
 
     def install_shuffle(self, transformer: Any, shuffle: TokenShuffle) -> list[Undo]:
         """Reorder the packed latents, their position ids and ControlNet residuals; restore last."""

@@ -19,8 +19,12 @@ from dit_accel.pipelines.base import (
     PipelineFamily,
     TokenShuffle,
     Undo,
+    block_plan,
     encoded_video,
     hook_output,
+    hook_tables,
+    padded,
+    rotary_plan,
 )
 
 
@@ -90,15 +94,21 @@ class HunyuanVideo(PipelineFamily):
             keep_order="the first frame has its own modulation" if replaced else None,
         )
 
+    def pad_text(self, kwargs: dict[str, Any], extra: int) -> dict[str, Any]:
+        """Mask what is added; see `PipelineFamily.pad_text`."""
+        mask = padded(kwargs["encoder_attention_mask"], 1, extra)
+        return {**super().pad_text(kwargs, extra), "encoder_attention_mask": mask}
+
+    def split_plan(self) -> dict[str, Any]:
+        """Split both streams in front of the first block; see `PipelineFamily.split_plan`."""
+        return {**rotary_plan(0), **block_plan("transformer_blocks.0")}
+
     def install_shuffle(self, transformer: Any, shuffle: TokenShuffle) -> list[Undo]:
         """Reorder after ``x_embedder`` and in the rotary tables; restore after ``proj_out``."""
 
-        def tables(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-            return tuple(shuffle.into(table, 0) for table in rotary)
-
         return [
             hook_output(transformer.x_embedder, lambda tokens: shuffle.into(tokens, 1)),
-            hook_output(transformer.rope, tables),
+            hook_tables(transformer.rope, shuffle, 0),
             hook_output(transformer.proj_out, lambda tokens: shuffle.back(tokens, 1)),
         ]
 

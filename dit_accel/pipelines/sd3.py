@@ -20,6 +20,7 @@ from dit_accel.pipelines.base import (
     PipelineFamily,
     TokenShuffle,
     Undo,
+    block_plan,
     encoded_image,
     hook_output,
 )
@@ -63,6 +64,10 @@ class StableDiffusion3(PipelineFamily):
         patch = transformer.config.patch_size
         text = kwargs["encoder_hidden_states"].shape[1]
         return ForwardInputs((TokenLayout((1, height // patch, width // patch), text),), kwargs)
+
+    def split_plan(self) -> dict[str, Any]:
+        """Split both streams in front of the first block; see `PipelineFamily.split_plan`."""
+        return block_plan("transformer_blocks.0")
 
     def install_shuffle(self, transformer: Any, shuffle: TokenShuffle) -> list[Undo]:
         """Reorder after ``pos_embed`` (and ControlNet residuals); restore after ``proj_out``."""

@@ -20,6 +20,7 @@ from dit_accel.pipelines.base import (
     Undo,
     encoded_video,
     hook_output,
+    hook_tables,
 )
 
 
@@ -113,26 +114,20 @@ class Wan(PipelineFamily):
         """Reorder after the patch embedding and in rotary tables; restore after ``proj_out``."""
 
         def patches(latent: Tensor) -> Tensor:
-            return shuffle.into(latent.flatten(2), 2).view_as(latent)
-
-        def tables(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-            return tuple(shuffle.into(table, 1) for table in rotary)
+            return shuffle.into(latent.flatten(2), 2)  # the model flattens it, too
 
         def timesteps(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # One timestep per token (Wan 2.2 5B) comes flattened over batch and tokens.
-            length = kwargs.get("timestep_seq_len")
-            if length is None or shuffle.gather is None:
+            # Wan 2.2 5B has one timestep per token.
+            times = kwargs.get("timestep")
+            if times is None or times.ndim != 2 or shuffle.gather is None:
                 return None
-            per_token = shuffle.into(args[0].view(-1, length), 1).flatten()
-            return (per_token, *args[1:]), kwargs
+            return args, {**kwargs, "timestep": shuffle.into(times, 1)}
 
         undo = [
+            transformer.register_forward_pre_hook(timesteps, with_kwargs=True).remove,
             hook_output(transformer.patch_embedding, patches),
-            hook_output(transformer.rope, tables),
+            hook_tables(transformer.rope, shuffle, 1),
             hook_output(transformer.proj_out, lambda tokens: shuffle.back(tokens, 1)),
-            transformer.condition_embedder.register_forward_pre_hook(
-                timesteps, with_kwargs=True
-            ).remove,
         ]
         if hasattr(transformer, "vace_patch_embedding"):
             undo.append(hook_output(transformer.vace_patch_embedding, patches))

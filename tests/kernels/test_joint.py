@@ -167,6 +167,36 @@ def test_matches_the_reference(
     check(qkv, levels, query_block, key_block, text, text_first, **options)
 
 
+@all_dtypes
+@pytest.mark.parametrize("queries", [16, 61, 128])
+def test_other_queries_than_keys(queries: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, key, value = random_qkv(1, 203, 2, 32, dtype=dtype)
+    levels = random_levels(203, 32, 16)
+    statistics = statistics_of((query, key, value), 32, 16, 0)
+    sizes = {"query_block": 32, "key_block": 16, "remainder": True, "first_order": True}
+    whole, whole_lse = joint_sparse_attention(
+        query, key, value, levels, statistics=statistics, return_lse=True, **sizes
+    )
+    rows = -(-queries // 32)
+    with poisoned_memory():
+        part, lse = joint_sparse_attention(
+            query[:, :queries], key, value, levels[:, :, :rows], statistics=statistics,
+            return_lse=True, **sizes,
+        )  # fmt: skip
+    assert torch.equal(part, whole[:, :queries])
+    assert torch.equal(lse, whole_lse[..., :queries])
+
+
+def test_other_queries_than_keys_are_refused_beside_text() -> None:
+    query, key, value = random_qkv(1, 70, 2, 16, dtype=torch.float32)
+    levels = random_levels(64, 32, 16)
+    with pytest.raises(OptionError, match="only without text"):
+        joint_sparse_attention(
+            query[:, :38], key, value, levels, query_block=32, key_block=16, text_length=6
+        )
+
+
 @pytest.mark.parametrize("of", [(1,), (2,), (4,), (8,), (0,), (1, 8), (4, 0)], ids=str)
 def test_every_mix_of_levels(of: tuple[int, ...]) -> None:
     torch.manual_seed(0)

@@ -56,6 +56,18 @@ def test_matches_the_reference(
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
 
 
+def test_other_queries_than_keys():
+    query, key, value = inputs(100, 0)
+    levels = random_levels(100, 16, 16, (0, 1, 2))
+    sizes = {"query_block": 16, "key_block": 16, "remainder": True, "first_order": True}
+    whole, whole_lse = joint_attention(query, key, value, levels, **sizes)
+    part, lse = gathered_joint_attention(
+        query[:, :40], key, value, levels[:, :, :3], return_lse=True, **sizes
+    )
+    torch.testing.assert_close(part, whole[:, :40])
+    torch.testing.assert_close(lse, whole_lse[..., :40])
+
+
 def test_uses_given_statistics_and_shares_levels_over_batch_and_heads():
     q, k, v = inputs(100, 5)
     levels = random_levels(100, 16, 16, PYRAMID, batch=1, heads=1)

@@ -1,0 +1,1 @@
+"""More than one GPU for one generation: what sparse attention needs beside diffusers' splits."""
