@@ -47,7 +47,7 @@ class MethodControls:
         leave_out: options that the page has other controls for.
         general: whether the options of `accelerate_pipeline` that go with every attention method
             are shown.
-        choices: a dropdown per kind.
+        choices: a dropdown per kind, under the name that `choice` gives.
         boxes: a control per "method.option", and one per general option.
     """
 
@@ -64,7 +64,7 @@ class MethodControls:
         for kind in self.kinds:
             names = list_methods(kind)
             start = chosen.get(kind, "")
-            self.choices[kind] = gr.Dropdown(
+            self.choices[choice(kind)] = gr.Dropdown(
                 [("none", ""), *names],
                 value=start if start in names else "",
                 label=LABELS.get(kind, kind.capitalize()),
@@ -109,7 +109,7 @@ class MethodControls:
 
     @property
     def inputs(self) -> Controls:
-        """All controls by name; dropdowns by kind."""
+        """All controls by name."""
         return {**self.choices, **self.boxes}
 
     @property
@@ -123,7 +123,7 @@ class MethodControls:
         Raises:
             OptionError: if there is no such method.
         """
-        names = [given[kind] for kind in self.kinds if given.get(kind)]
+        names = [given[choice(kind)] for kind in self.kinds if given.get(choice(kind))]
         return check_choices("method", names, [n for kind in self.kinds for n in list_methods(kind)])
 
     def assignments(self, given: Mapping[str, Any]) -> list[str]:
@@ -165,6 +165,11 @@ class MethodControls:
     def _words(self, names: Sequence[str]) -> str:
         known = [method_class(name) for name in names if name in list_methods()]
         return views.method_note([(cls.name, cls.summary(), _paper(cls)) for cls in known])
+
+
+def choice(kind: str) -> str:
+    """Return the name of the dropdown of a kind; "guidance" alone is the guidance scale's."""
+    return f"{kind} method"
 
 
 def _paper(cls: type[Method]) -> str:

@@ -134,7 +134,7 @@ def verdict(content: dict[str, Any]) -> dict[str, str] | None:
     elif psnr >= 20:
         likeness = "visible differences"
     else:
-        likeness = "another picture"
+        likeness = "large differences"
     speed = "faster" if speedup >= 1.02 else "as fast" if speedup > 0.98 else "slower"
     return {"speed": speed, "likeness": likeness}
 

@@ -10,7 +10,7 @@ import gradio as gr
 
 from dit_accel.app import views
 from dit_accel.app.jobs import Job
-from dit_accel.app.options import SMALL_BLOCKS, Controls, MethodControls
+from dit_accel.app.options import SMALL_BLOCKS, Controls, MethodControls, choice
 from dit_accel.app.site import Site, connect_run, remembered, run_buttons
 from dit_accel.app.work import SETTINGS, check_order, recommended
 from dit_accel.errors import DitAccelError, OptionError
@@ -105,6 +105,7 @@ class GenerationTab:
             label="Prompt",
             lines=2,
             max_lines=6,
+            elem_id=f"{self.name}-prompt",
             info="The bundled models know coloured shapes that move on plain or patterned grounds.",
         )
         self.methods.draw_choices(self.chosen)
@@ -175,7 +176,7 @@ class GenerationTab:
 
     def chosen_kind(self, given: Mapping[str, Any], kind: str) -> bool:
         """Whether a method of this kind is chosen that has a density."""
-        return given.get(kind) not in (None, "", "dense")
+        return given.get(choice(kind)) not in (None, "", "dense")
 
     def _finish(self, known: object, made: str, outputs: tuple[Any, Any, Any]) -> dict[Any, Any]:
         result, gallery, names = outputs

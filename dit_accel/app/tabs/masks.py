@@ -36,7 +36,7 @@ SCENE = Scene(
 def masks_tab(site: Site, page: gr.Blocks) -> None:
     """Draw the mask explorer."""
     methods = MethodControls(["attention"], general=False)
-    chosen = {"attention": "radial"}
+    chosen = {"attention": "gna"}
     with gr.Row(elem_classes="da-split"):
         with gr.Column(scale=4, min_width=320, elem_classes="da-form"):
             methods.draw_choices(chosen)
@@ -58,16 +58,16 @@ def masks_tab(site: Site, page: gr.Blocks) -> None:
             )
             with gr.Group():
                 controls["set_density"] = gr.Checkbox(
-                    False, label="Choose how much attention to keep", elem_id="masks-set-density"
+                    True, label="Choose how much attention to keep", elem_id="masks-set-density"
                 )
                 controls["density"] = gr.Slider(
-                    0.05, 1, 0.5, step=0.05, label="Density: share of attention kept"
+                    0.05, 1, 0.3, step=0.05, label="Density: share of attention kept"
                 )
             with gr.Accordion("Options of the method", open=True):
                 gr.HTML(views.note("What is left empty is the method's own default."))
                 methods.draw_options(chosen)
                 for box in methods.block_sizes:
-                    box.value = "64"
+                    box.value = "32"
         with gr.Column(scale=7, min_width=320, elem_classes="da-stage"):
             shown = gr.HTML(elem_id="masks-result")
     methods.connect()
