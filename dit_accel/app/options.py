@@ -21,8 +21,9 @@ Controls = dict[str, Any]
 """Components by name."""
 
 PUBLISHED = "as published"
-SMALL_BLOCKS = "32"
-"""Block size that suits the few tokens of the bundled models."""
+SMALL = {"block_size": "32", "min_tokens": "0"}
+"""Options that suit the few tokens of the bundled models."""
+_SECTION = re.compile(r"^(?:Args|Attributes):$", re.MULTILINE)
 HELP = {
     "dense_steps": "First steps that stay dense: a number, or a share such as 0.25.",
     "dense_layers": "First layers that stay dense.",
@@ -113,9 +114,10 @@ class MethodControls:
         return {**self.choices, **self.boxes}
 
     @property
-    def block_sizes(self) -> list[Any]:
-        """The controls of ``block_size``."""
-        return [box for name, box in self.boxes.items() if name.endswith(".block_size")]
+    def small(self) -> dict[Any, str]:
+        """The controls of options that bundled models need, with the values that suit them."""
+        options = {name: name.rpartition(".")[2] for name in self.boxes}
+        return {self.boxes[n]: SMALL[option] for n, option in options.items() if option in SMALL}
 
     def chosen(self, given: Mapping[str, Any]) -> list[str]:
         """Return the names of the chosen methods.
@@ -124,7 +126,9 @@ class MethodControls:
             OptionError: if there is no such method.
         """
         names = [given[choice(kind)] for kind in self.kinds if given.get(choice(kind))]
-        return check_choices("method", names, [n for kind in self.kinds for n in list_methods(kind)])
+        return check_choices(
+            "method", names, [n for kind in self.kinds for n in list_methods(kind)]
+        )
 
     def assignments(self, given: Mapping[str, Any]) -> list[str]:
         """Return what was set of the chosen methods' options, as ``name=value``.
@@ -188,7 +192,7 @@ def option_help(cls: type[Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         doc = inspect.cleandoc(base.__doc__ or "")
-        _, _, section = re.split(r"^((?:Args|Attributes):)$", f"{doc}\nArgs:\n", 1, re.MULTILINE)
+        _, section = _SECTION.split(f"{doc}\nArgs:\n", maxsplit=1)
         for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", section, re.MULTILINE):
             words = " ".join(text.replace("`", "").split())
             found[name] = words[0].upper() + words[1:]

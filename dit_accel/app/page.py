@@ -43,7 +43,10 @@ def build_page(site: Site) -> gr.Blocks:
 
 def theme() -> Any:
     """Return the page's theme: fonts that gradio brings, one accent, flat surfaces."""
-    sans, mono = gr.themes.LocalFont("IBM Plex Sans", (400, 700)), gr.themes.LocalFont("IBM Plex Mono", (400,))
+    sans, mono = (
+        gr.themes.LocalFont("IBM Plex Sans", (400, 700)),
+        gr.themes.LocalFont("IBM Plex Mono", (400,)),
+    )
     return gr.themes.Base(
         primary_hue=gr.themes.colors.blue,
         neutral_hue=gr.themes.colors.slate,

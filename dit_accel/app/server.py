@@ -61,9 +61,7 @@ def make_app(site: Site) -> FastAPI:
         return FileResponse(STATIC / file)
 
     @app.middleware("http")
-    async def guard(
-        request: Request, answer: Callable[[Request], Awaitable[Response]]
-    ) -> Response:
+    async def guard(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
         path = request.url.path
         wanted = path.removeprefix(API)
         if path.startswith(API) and not wanted.startswith(OPEN_API):

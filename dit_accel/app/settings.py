@@ -93,9 +93,9 @@ class AppSettings:
             raise OptionError("no model is chosen: take one of the list.")
         if not self.allow_any_model:
             raise OptionError(
-                f"model {_short(name)} is not on this page's list.{did_you_mean(name, self.offered)}"
-                " Whoever starts the page can add it with --model, or allow all models of the hub "
-                "with --allow-any-model."
+                f"model {_short(name)} is not on this page's list."
+                f"{did_you_mean(name, self.offered)} Whoever starts the page can add it "
+                "with --model, or allow all models of the hub with --allow-any-model."
             )
         if not _HUB_ID.fullmatch(name) or Path(name).exists():
             raise OptionError(

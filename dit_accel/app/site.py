@@ -1,4 +1,4 @@
-"""What all tabs of the page share: bounds, results, the line of requests, and how one is followed."""
+"""What all tabs of the page share: bounds, results, and the line of requests."""
 
 from __future__ import annotations
 
@@ -126,4 +126,6 @@ def connect_run(
         concurrency_limit=None,
         api_visibility="private",
     )
-    stop.click(site.cancel, show_progress="hidden", concurrency_limit=None, api_visibility="private")
+    stop.click(
+        site.cancel, show_progress="hidden", concurrency_limit=None, api_visibility="private"
+    )

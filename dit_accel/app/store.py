@@ -65,7 +65,7 @@ class Store:
 
     def result(self, name: object) -> dict[str, Any] | None:
         """Return what was kept under a name."""
-        return self._results.get(name) if is_id(name) else None
+        return self._results.get(str(name)) if is_id(name) else None
 
     def file(self, name: str, file: str) -> Path | None:
         """Return one of a result's files, if it has one of that name."""

@@ -119,7 +119,7 @@ class Studio:
 
     @contextmanager
     def pipeline(self, model: str, job: Job) -> Iterator[Any]:
-        """Yield a model's pipeline, which `job` stops at each call of a transformer, and restore it.
+        """Yield a model's pipeline, which ``job`` can stop at any transformer call; restore it.
 
         Raises:
             DitAccelError: if the model can't be loaded.
@@ -244,4 +244,3 @@ def recommended(settings: AppSettings, model: object) -> list[Any]:
     """
     defaults = generation_defaults(settings.check_model(model))
     return [getattr(defaults, name) for name in SETTINGS]
-

@@ -12,7 +12,7 @@ from playwright.sync_api import Page, expect
 pytestmark = pytest.mark.browser
 
 TINY = {"frames": 9, "height": 128, "width": 128, "steps": 2}
-LONG_MS = 30_000
+LONG_MS = 60_000
 TABS = ["Generate", "Masks", "Guidance", "High resolution", "Evaluate"]
 
 
@@ -147,7 +147,9 @@ def test_what_is_out_of_range_gets_a_sentence(open_page):
 
 def test_hostile_texts_are_only_texts(open_page, served):
     page = open_page()
-    hostile = """<img src=x onerror="window.hacked=1"></p><script>window.hacked=1</script>'"\\ {{7*7}}"""
+    hostile = (
+        """<img src=x onerror="window.hacked=1"></p><script>window.hacked=1</script>'"\\ {{7*7}}"""
+    )
     fill(page, **{**TINY, "steps": 1})
     make_sparse(page)
     page.get_by_label("Generate densely too, and compare").uncheck()
@@ -176,7 +178,7 @@ def test_two_visitors_at_once_keep_apart(open_page):
     pages = [open_page(), open_page()]
     prompts = ["a large red circle", "a small white ring"]
     for page, prompt in zip(pages, prompts, strict=True):
-        fill(page, **{**TINY, "steps": 6})
+        fill(page, **{**TINY, "steps": 3})
         make_sparse(page)
         page.locator("#generate-prompt textarea").fill(prompt)
     for page in pages:

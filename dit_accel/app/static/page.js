@@ -78,6 +78,10 @@
     if (!(target instanceof Element)) return;
     const button = target.closest("button");
     if (!button) return;
+    if (button.id.endsWith("-start") && innerWidth < 768) {
+      // On a phone what happens lies below the form.
+      document.getElementById(button.id.replace("-start", "-status")).scrollIntoView({ block: "center" });
+    }
     if (button.matches("[data-play]")) {
       play(button.closest("[data-player]"), button.getAttribute("aria-pressed") !== "true");
     } else if (button.matches("[data-copy]")) {

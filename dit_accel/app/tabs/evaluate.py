@@ -12,12 +12,12 @@ from dit_accel.app.jobs import Job
 from dit_accel.app.options import Controls
 from dit_accel.app.settings import check_choices, check_number
 from dit_accel.app.site import Site, connect_run, run_buttons
-from dit_accel.app.tabs.generate import LABELS
+from dit_accel.app.tabs.generate import LABELS, start_model
 from dit_accel.app.work import SETTINGS, check_order, recommended, table_content
 from dit_accel.cli.eval_tables import summary_table
 from dit_accel.environment import pick_device
 from dit_accel.errors import OptionError
-from dit_accel.eval.candidates import make_candidates
+from dit_accel.eval.candidates import DENSE, make_candidates
 from dit_accel.eval.runner import REPORT_FILE, EvalRun, run_evaluation
 from dit_accel.eval.suites import list_suites, load_suite
 from dit_accel.methods.base import check_density
@@ -31,18 +31,19 @@ BATCH = 4
 def evaluate_tab(site: Site, page: gr.Blocks) -> None:
     """Draw the tab for runs of the eval harness."""
     models = site.settings.offered
+    start = start_model(site.settings)
     with gr.Row(elem_classes="da-split"):
         with gr.Column(scale=4, min_width=320, elem_classes="da-form"):
             controls: Controls = {
                 "model": gr.Dropdown(
-                    models, value=models[0], label="Model", filterable=False, elem_id="eval-model"
+                    models, value=start, label="Model", filterable=False, elem_id="eval-model"
                 ),
                 "suite": gr.Dropdown(
                     list_suites(), value="smoke", label="Suite of prompts", filterable=False
                 ),
                 "prompts": gr.Number(2, label="Prompts, from the first on", elem_id="eval-prompts"),
                 "methods": gr.CheckboxGroup(
-                    [*list_methods("attention"), *list_methods("cache")],
+                    _methods(),
                     value=list(START),
                     label="Methods; dense is always there",
                 ),
@@ -55,17 +56,20 @@ def evaluate_tab(site: Site, page: gr.Blocks) -> None:
             }
             buttons = run_buttons("Evaluate", "eval")
             with gr.Accordion("Size and steps", open=False), gr.Row():
-                for name, value in zip(SETTINGS, recommended(site.settings, models[0]), strict=True):
+                for name, value in zip(SETTINGS, recommended(site.settings, start), strict=True):
                     controls[name] = gr.Number(
                         value, label=LABELS[name], min_width=130, elem_id=f"eval-{name}"
                     )
                 controls["block_size"] = gr.Number(32, label="Tokens per block", min_width=130)
         with gr.Column(scale=7, min_width=320, elem_classes="da-stage"):
             status = gr.HTML(elem_id="eval-status")
-            result = gr.HTML(views.note(
-                "Generates every prompt densely and by each method from the same noise, measures "
-                "how near they come, and writes a report with the clips."
-            ), elem_id="eval-result")
+            result = gr.HTML(
+                views.note(
+                    "Generates every prompt densely and by each method from the same noise, "
+                    "measures how near they come, and writes a report with the clips."
+                ),
+                elem_id="eval-result",
+            )
     controls["model"].change(
         lambda model: recommended(site.settings, model),
         controls["model"],
@@ -94,7 +98,7 @@ def _work(site: Site, given: Mapping[str, Any]) -> Callable[[Job], Any]:
     methods = check_choices(
         "method",
         given.get("methods") or [],
-        [*list_methods("attention"), *list_methods("cache")],
+        _methods(),
     )
     if not methods:
         raise OptionError("no method is chosen: tick some to compare with dense.")
@@ -128,10 +132,18 @@ def _work(site: Site, given: Mapping[str, Any]) -> Callable[[Job], Any]:
         results = run_evaluation(run, folder, progress=job.report)
         if results is None:  # another process would return it, and there is none
             raise OptionError("the evaluation returned nothing: try again.")
-        site.store.keep(name, {"report": REPORT_FILE}, (p for p in folder.rglob("*") if p.is_file()))
+        site.store.keep(
+            name, {"report": REPORT_FILE}, (p for p in folder.rglob("*") if p.is_file())
+        )
         return name, table_content(summary_table(results)), results["problems"]
 
     return work
+
+
+def _methods() -> list[str]:
+    """Return what can be compared with dense."""
+    names = [*list_methods("attention"), *list_methods("cache")]
+    return [name for name in names if name != DENSE]
 
 
 def _densities(text: str) -> list[float]:
@@ -144,5 +156,3 @@ def _densities(text: str) -> list[float]:
     for density in found:
         check_density(density)
     return found
-
-

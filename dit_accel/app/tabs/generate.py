@@ -10,7 +10,8 @@ import gradio as gr
 
 from dit_accel.app import views
 from dit_accel.app.jobs import Job
-from dit_accel.app.options import SMALL_BLOCKS, Controls, MethodControls, choice
+from dit_accel.app.options import Controls, MethodControls, choice
+from dit_accel.app.settings import AppSettings
 from dit_accel.app.site import Site, connect_run, remembered, run_buttons
 from dit_accel.app.work import SETTINGS, check_order, recommended
 from dit_accel.errors import DitAccelError, OptionError
@@ -42,7 +43,9 @@ class GenerationTab:
         compare: label of the switch for a run without the methods.
         run: what to call the run with them.
         enlarge: factor on the sizes that a model recommends.
+        density: whether there is a slider for the density of attention methods.
         extra: draws further controls under the methods and returns them by name.
+        footer: draws more under the form.
         assign: turns their values into further options ``name=value``.
     """
 
@@ -55,6 +58,7 @@ class GenerationTab:
     enlarge: float = 1.0
     density: bool = True
     extra: Callable[[GenerationTab], Controls] = lambda tab: {}
+    footer: Callable[[GenerationTab], None] = lambda tab: None
     assign: Callable[[Mapping[str, Any], list[str]], list[str]] = lambda given, names: []
     controls: Controls = field(default_factory=dict)
 
@@ -65,6 +69,7 @@ class GenerationTab:
                 self._draw_request()
                 buttons = run_buttons("Generate", self.name)
                 self._draw_settings()
+                self.footer(self)
             with gr.Column(scale=7, min_width=320, elem_classes="da-stage"):
                 status = gr.HTML(elem_id=f"{self.name}-status")
                 result = gr.HTML(views.empty(), elem_id=f"{self.name}-result")
@@ -90,7 +95,7 @@ class GenerationTab:
 
     def _draw_request(self) -> None:
         site, models = self.site, self.site.settings.offered
-        model = START_MODEL if START_MODEL in models else next(iter(models), None)
+        model = start_model(site.settings)
         free = site.settings.allow_any_model
         self.controls["model"] = gr.Dropdown(
             models,
@@ -118,6 +123,13 @@ class GenerationTab:
                 self.controls["density"] = gr.Slider(
                     0.05, 1, 0.4, step=0.05, label="Density: share of attention kept, where sparse"
                 )
+            self.controls["set_density"].change(
+                lambda on: gr.update(interactive=on),
+                self.controls["set_density"],
+                self.controls["density"],
+                show_progress="hidden",
+                api_visibility="private",
+            )
         self.controls["compare"] = gr.Checkbox(True, label=self.compare)
 
     def _draw_settings(self) -> None:
@@ -131,21 +143,22 @@ class GenerationTab:
         with gr.Accordion("Options of the methods", open=False):
             gr.HTML(views.note("What is left empty is as published for the model."))
             self.methods.draw_options(self.chosen)
-            for box in self.methods.block_sizes:
-                box.value = SMALL_BLOCKS
+            for box, value in self.methods.small.items():
+                box.value = value
         self.controls |= self.methods.inputs
 
     def _connect_model(self) -> None:
-        sizes, blocks = [self.controls[name] for name in SETTINGS], self.methods.block_sizes
+        sizes, small = [self.controls[name] for name in SETTINGS], self.methods.small
 
         def settle(model: str) -> list[Any]:
-            small = SMALL_BLOCKS if model in list_models() else ""
-            return [*self._recommended(model), *[small] * len(blocks)]
+            bundled = model in list_models()
+            options = [value if bundled else "" for value in small.values()]
+            return [*self._recommended(model), *options]
 
         self.controls["model"].change(
             settle,
             self.controls["model"],
-            [*sizes, *blocks],
+            [*sizes, *small],
             show_progress="hidden",
             api_visibility="private",
         )
@@ -192,8 +205,14 @@ class GenerationTab:
         return gr.skip() if content is None else views.result(name, content, self.run)
 
 
+def start_model(settings: AppSettings) -> str | None:
+    """Return the model that is chosen at the start."""
+    models = settings.offered
+    return START_MODEL if START_MODEL in models else next(iter(models), None)
+
+
 def generate_tab(site: Site, page: gr.Blocks) -> None:
-    """Draw the tab for attention methods, caches and kinds of methods without a tab of their own."""
+    """Draw the tab for all kinds of methods that have none of their own."""
     kinds = [kind for kind in KINDS if kind not in ELSEWHERE]
     GenerationTab(
         site,

@@ -30,7 +30,8 @@ MOST_PROMPTS = 50
 
 def guidance_tab(site: Site, page: gr.Blocks) -> None:
     """Draw the tab for perturbation guidance."""
-    tab = GenerationTab(
+    shown = gr.HTML(elem_id="head-map", render=False)
+    GenerationTab(
         site,
         "guidance",
         # Some guidances are shown queries and keys by an attention method, "dense" will do.
@@ -39,14 +40,13 @@ def guidance_tab(site: Site, page: gr.Blocks) -> None:
         compare="Generate without guidance too, and compare",
         run="guided",
         density=False,
-        extra=lambda tab: _head_controls(site, tab),
+        extra=lambda tab: _head_controls(site, tab, shown),
+        footer=lambda tab: _measuring(site, tab, shown),
         assign=_heads_or_layers,
-    )
-    tab.draw(page)
-    _measuring(site, tab)
+    ).draw(page)
 
 
-def _head_controls(site: Site, tab: GenerationTab) -> Controls:
+def _head_controls(site: Site, tab: GenerationTab, shown: Any) -> Controls:
     """Draw the map and the field that it writes into."""
     heads = gr.Textbox(
         START,
@@ -55,7 +55,8 @@ def _head_controls(site: Site, tab: GenerationTab) -> Controls:
         info="Pairs layer:head. Guidances of whole layers take the layers alone.",
     )
     model = tab.controls["model"]
-    shown = gr.HTML(_map(site, model.value), elem_id="head-map")
+    shown.value = _map(site, model.value)
+    shown.render()
     model.change(
         lambda chosen: _map(site, chosen),
         model,
@@ -63,7 +64,6 @@ def _head_controls(site: Site, tab: GenerationTab) -> Controls:
         show_progress="hidden",
         api_visibility="private",
     )
-    tab.head_map = shown  # type: ignore[attr-defined]
     return {"heads": heads}
 
 
@@ -92,20 +92,20 @@ def _pairs(text: str) -> str:
     return ",".join(dict.fromkeys(parts))
 
 
-def _map(
-    site: Site, model: object, gains: dict[Head, float] | None = None
-) -> str:
+def _map(site: Site, model: object, gains: dict[Head, float] | None = None) -> str:
     try:
         outline = pipeline_outline(site.settings.check_model(model))
         if outline is None:
-            return views.note("The map of a hub model can't be drawn before it is loaded: write pairs.")
+            return views.note(
+                "The map of a hub model can't be drawn before it is loaded: write pairs."
+            )
         about = model_identity(family_of(outline), outline.transformer)
     except DitAccelError as error:
         return views.refusal(str(error))
     return views.head_map(about["layers"], about["heads"], FIELD, gains)
 
 
-def _measuring(site: Site, tab: GenerationTab) -> None:
+def _measuring(site: Site, tab: GenerationTab, shown: Any) -> None:
     """Draw what measures each head's worth, by generating with it alone."""
     with gr.Accordion("Measure what each head is worth", open=False):
         gr.HTML(
@@ -119,7 +119,6 @@ def _measuring(site: Site, tab: GenerationTab) -> None:
         buttons = run_buttons("Measure heads", "measure")
         status = gr.HTML(elem_id="measure-status")
     controls = tab.controls
-    shown = tab.head_map  # type: ignore[attr-defined]
 
     def prepare(values: dict[Any, Any]) -> Callable[[Job], Any]:
         given = {name: values[component] for name, component in controls.items()}

@@ -66,8 +66,8 @@ def masks_tab(site: Site, page: gr.Blocks) -> None:
             with gr.Accordion("Options of the method", open=True):
                 gr.HTML(views.note("What is left empty is the method's own default."))
                 methods.draw_options(chosen)
-                for box in methods.block_sizes:
-                    box.value = "32"
+                for box, value in methods.small.items():
+                    box.value = value
         with gr.Column(scale=7, min_width=320, elem_classes="da-stage"):
             shown = gr.HTML(elem_id="masks-result")
     methods.connect()
@@ -104,17 +104,17 @@ def explore(settings: AppSettings, methods: MethodControls, given: Mapping[str, 
     """
     layout = _layout(settings, given)
     names = methods.chosen(given)
-    static = [name for name in list_methods() if issubclass(method_class(name), StaticMethod)]
-    if not names or names[0] not in static:
-        what = f"what {names[0]} attends to" if names else "that"
-        raise OptionError(
-            f"{what} does not follow from the grid alone, so there is no one mask to draw: take "
-            f"one of {', '.join(static)}."
-        )
+    if not names:
+        raise OptionError("no method is chosen: take one of the list.")
     method = resolve_method(
         names[0], **parse_options(names[0], methods.assignments(given), general=())
     )
-    assert isinstance(method, StaticMethod)  # for the type checker; refused above
+    if not isinstance(method, StaticMethod):
+        static = [name for name in list_methods() if issubclass(method_class(name), StaticMethod)]
+        raise OptionError(
+            f"what {names[0]} attends to does not follow from the grid alone, so there is no one "
+            f"mask to draw: take one of {', '.join(static)}."
+        )
     if given.get("set_density"):
         density = float(check_number("density", given.get("density"), 0, 1, whole=False) or 0)
         method = method.at_density(density, layout)
