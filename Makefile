@@ -13,6 +13,7 @@ READY := $(VENV)/.installed
 .PHONY: demo app browser eval test test-oldest lint format bench wheel clean
 
 $(READY): pyproject.toml $(CONSTRAINTS)
+	@echo "Setting up $(VENV): a few minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint $(CONSTRAINTS)
 	@touch $@

@@ -47,7 +47,8 @@ class Job:
     result: Any = None
     refusal: str = ""
     _cancelled: threading.Event = field(default_factory=threading.Event)
-    _stage_began: float = 0.0
+    _began: tuple[float, int] = (0.0, 0)  # when the stage was first reported, and how far it was
+    _told: float = 0.0  # when it was last reported
 
     @property
     def is_over(self) -> bool:
@@ -69,8 +70,9 @@ class Job:
         Raises:
             Cancelled: if it was cancelled.
         """
-        if stage != self.stage:
-            self._stage_began = time.monotonic()
+        self._told = time.monotonic()
+        if stage != self.stage or done < self.done:
+            self._began = self._told, done
         self.stage, self.done, self.total = stage, done, total
         self.stop_if_cancelled()
 
@@ -82,9 +84,11 @@ class Job:
     @property
     def seconds_left(self) -> float | None:
         """Seconds that the stage will take yet, if that can be told."""
-        if self.state != "running" or not self.done or self.done >= self.total:
+        began, before = self._began
+        if self.state != "running" or not before < self.done < self.total:
             return None
-        return (time.monotonic() - self._stage_began) / self.done * (self.total - self.done)
+        pace = (self._told - began) / (self.done - before)
+        return max(0.0, pace * (self.total - self.done) - (time.monotonic() - self._told))
 
 
 class Jobs:

@@ -78,10 +78,10 @@ def remembered(names: object, fresh: str) -> list[str]:
     return [fresh, *old][:MAX_GALLERY]
 
 
-def run_buttons(label: str, elem_id: str) -> tuple[Any, Any]:
+def run_buttons(label: str, elem_id: str, variant: Any = "primary") -> tuple[Any, Any]:
     """Return the button that starts a request and the one that cancels it."""
     with gr.Row(elem_classes="da-buttons"):
-        start = gr.Button(label, variant="primary", elem_id=f"{elem_id}-start", scale=3)
+        start = gr.Button(label, variant=variant, elem_id=f"{elem_id}-start", scale=3)
         stop = gr.Button("Cancel", interactive=False, elem_id=f"{elem_id}-cancel", scale=1)
     return start, stop
 

@@ -51,18 +51,22 @@ def cancelled() -> str:
     return _fill("cancelled.html.j2")
 
 
-def result(name: str, content: dict[str, Any], run: str = "accelerated") -> str:
+def result(
+    name: str, content: dict[str, Any], run: str = "accelerated", baseline: str = "dense"
+) -> str:
     """Show a result.
 
     Args:
         name: in the store.
         content: what the store keeps of it.
         run: what to call the run with methods.
+        baseline: what to call the one without.
     """
     return _fill(
         "result.html.j2",
         r=content,
         run=run,
+        baseline=baseline,
         urls={kind: url(name, file) for kind, file in content["files"].items()},
         verdict=verdict(content),
         policy=policy(content["report"]["policy"]),

@@ -42,6 +42,7 @@ class GenerationTab:
         chosen: methods at the start, by kind.
         compare: label of the switch for a run without the methods.
         run: what to call the run with them.
+        baseline: what to call the one without.
         enlarge: factor on the sizes that a model recommends.
         density: whether there is a slider for the density of attention methods.
         extra: draws further controls under the methods and returns them by name.
@@ -55,6 +56,7 @@ class GenerationTab:
     chosen: Mapping[str, str]
     compare: str
     run: str = "accelerated"
+    baseline: str = "dense"
     enlarge: float = 1.0
     density: bool = True
     extra: Callable[[GenerationTab], Controls] = lambda tab: {}
@@ -202,7 +204,9 @@ class GenerationTab:
 
     def _show(self, name: str) -> Any:
         content = self.site.store.result(name)
-        return gr.skip() if content is None else views.result(name, content, self.run)
+        return (
+            gr.skip() if content is None else views.result(name, content, self.run, self.baseline)
+        )
 
 
 def start_model(settings: AppSettings) -> str | None:

@@ -39,6 +39,7 @@ def guidance_tab(site: Site, page: gr.Blocks) -> None:
         {"guidance": "softpag", "attention": "dense"},
         compare="Generate without guidance too, and compare",
         run="guided",
+        baseline="unguided",
         density=False,
         extra=lambda tab: _head_controls(site, tab, shown),
         footer=lambda tab: _measuring(site, tab, shown),
@@ -116,7 +117,7 @@ def _measuring(site: Site, tab: GenerationTab, shown: Any) -> None:
             )
         )
         prompts = gr.Number(2, label="Prompts", elem_id="measure-prompts")
-        buttons = run_buttons("Measure heads", "measure")
+        buttons = run_buttons("Measure heads", "measure", variant="secondary")
         status = gr.HTML(elem_id="measure-status")
     controls = tab.controls
 

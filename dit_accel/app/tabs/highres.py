@@ -18,6 +18,7 @@ def highres_tab(site: Site, page: gr.Blocks) -> None:
         {"resolution": "freeswim"},
         compare="Generate at this size without the method too, and compare",
         run="with the method",
+        baseline="without it",
         enlarge=1.5,
         density=False,
     ).draw(page)
