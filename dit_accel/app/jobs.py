@@ -15,6 +15,7 @@ import torch
 from dit_accel.errors import DitAccelError, OptionError
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
+CLOSE_S = 10
 _LOG = logging.getLogger(__name__)
 
 
@@ -147,14 +148,14 @@ class Jobs:
                         job.state = "cancelled"
 
     def close(self) -> None:
-        """Cancel everything and wait for the thread to end."""
+        """Cancel everything and give the thread a moment to end."""
         with self._changed:
             for job in self._all():
                 job.cancel()
             self._closed = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CLOSE_S)
 
     def _all(self) -> list[Job]:
         running = [] if self._running is None else [self._running]

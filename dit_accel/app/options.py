@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import gradio as gr
 
 from dit_accel.app import views
-from dit_accel.app.settings import check_choices, check_option_text
+from dit_accel.app.settings import check_choices, check_option_text, check_plain
 from dit_accel.cli.options import GENERAL, describe, method_hints
 from dit_accel.kinds import Method
 from dit_accel.registry import list_methods, method_class
@@ -21,6 +21,7 @@ Controls = dict[str, Any]
 """Components by name."""
 
 PUBLISHED = "as published"
+AUTO = "auto"
 SMALL = {"block_size": "32", "min_tokens": "0"}
 """Options that suit the few tokens of the bundled models."""
 _SECTION = re.compile(r"^(?:Args|Attributes):$", re.MULTILINE)
@@ -48,6 +49,7 @@ class MethodControls:
         leave_out: options that the page has other controls for.
         general: whether the options of `accelerate_pipeline` that go with every attention method
             are shown.
+        automatic: whether "auto" is among the attention methods.
         choices: a dropdown per kind, under the name that `choice` gives.
         boxes: a control per "method.option", and one per general option.
     """
@@ -55,6 +57,7 @@ class MethodControls:
     kinds: Sequence[str]
     leave_out: Sequence[str] = ()
     general: bool = True
+    automatic: bool = True
     choices: Controls = field(default_factory=dict)
     boxes: Controls = field(default_factory=dict)
     _groups: Controls = field(default_factory=dict)
@@ -63,11 +66,10 @@ class MethodControls:
     def draw_choices(self, chosen: Mapping[str, str]) -> None:
         """Draw the dropdowns and the words on what is chosen; ``chosen`` holds defaults by kind."""
         for kind in self.kinds:
-            names = list_methods(kind)
             start = chosen.get(kind, "")
             self.choices[choice(kind)] = gr.Dropdown(
-                [("none", ""), *names],
-                value=start if start in names else "",
+                [("none", ""), *self._offered(kind)],
+                value=start if start in self._offered(kind) else "",
                 label=LABELS.get(kind, kind.capitalize()),
                 filterable=False,
             )
@@ -126,9 +128,8 @@ class MethodControls:
             OptionError: if there is no such method.
         """
         names = [given[choice(kind)] for kind in self.kinds if given.get(choice(kind))]
-        return check_choices(
-            "method", names, [n for kind in self.kinds for n in list_methods(kind)]
-        )
+        valid = [name for kind in self.kinds for name in self._offered(kind)]
+        return check_choices("method", names, valid)
 
     def assignments(self, given: Mapping[str, Any]) -> list[str]:
         """Return what was set of the chosen methods' options, as ``name=value``.
@@ -146,13 +147,17 @@ class MethodControls:
                     text = check_option_text(option, str(value), may_name_a_file=takes_text(hint))
                     name = option if owners[option] == 1 else f"{method}.{option}"
                     found.append(f"{name}={text}")
-        if any(method_class(name).kind == "attention" for name in names):
+        if any(name == AUTO or method_class(name).kind == "attention" for name in names):
             found += [
-                f"{name}={given[name]}"
+                f"{name}={check_plain(name, str(given[name]))}"
                 for name in GENERAL
                 if name in self.boxes and given.get(name) not in (None, "")
             ]
         return found
+
+    def _offered(self, kind: str) -> list[str]:
+        names = list_methods(kind)
+        return [AUTO, *names] if kind == "attention" and self.automatic else names
 
     def _draw_method(self, method: str) -> None:
         cls, hints = method_class(method), method_hints(method)
@@ -168,7 +173,9 @@ class MethodControls:
 
     def _words(self, names: Sequence[str]) -> str:
         known = [method_class(name) for name in names if name in list_methods()]
-        return views.method_note([(cls.name, cls.summary(), _paper(cls)) for cls in known])
+        notes = [(cls.name, cls.summary(), _paper(cls)) for cls in known]
+        automatic = [(AUTO, "The method published for this model, if there is one.", "")]
+        return views.method_note((automatic if AUTO in names else []) + notes)
 
 
 def choice(kind: str) -> str:

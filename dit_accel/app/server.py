@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 import uvicorn
@@ -66,6 +67,9 @@ def make_app(site: Site) -> FastAPI:
         wanted = path.removeprefix(API)
         if path.startswith(API) and not wanted.startswith(OPEN_API):
             return PlainTextResponse("This page does not offer that.", 403)
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            return PlainTextResponse("Other pages may not use this one.", 403)
         if int(request.headers.get("content-length") or 0) > MAX_BODY:
             return PlainTextResponse("This request is too large.", 413)
         response = await answer(request)

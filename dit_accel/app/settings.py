@@ -14,6 +14,7 @@ from dit_accel.models import generation_defaults, list_models
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NAME_OR_PAIRS = re.compile(r"[A-Za-z][\w-]*|\d+:\d+(\s*,\s*\d+:\d+)*")
+_PLAIN = re.compile(r"[\w\s.,()+-]*")
 _NUMBERS = {"steps": 1, "frames": 1, "height": 16, "width": 16, "seed": 0, "guidance": 0}
 """Numbers of a request with the least that they can be."""
 
@@ -189,6 +190,13 @@ def check_option_text(name: str, text: str, *, may_name_a_file: bool) -> str:
             f"{name}={_short(text)}: files can't be named in the page. Write pairs such as "
             "1:3, 2:0 (layer:head), or the name of a set that the model's folder brings."
         )
+    return text
+
+
+def check_plain(name: str, text: str) -> str:
+    """Return a text of letters, digits and a few signs; a path with folders is none."""
+    if not _PLAIN.fullmatch(text):
+        raise OptionError(f"{name}={_short(text)}: write a name or numbers.")
     return text
 
 

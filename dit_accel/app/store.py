@@ -14,6 +14,8 @@ from dit_accel.errors import OptionError
 from dit_accel.files import write_text
 
 RESULT_FILE = "result.json"
+MAX_KEPT = 500
+"""Results that can be shown again; older ones stay in the folder."""
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -60,6 +62,9 @@ class Store:
         folder = self.folder / name
         write_text(folder / RESULT_FILE, json.dumps(content, indent=1, allow_nan=False))
         with self._lock:
+            if len(self._results) >= MAX_KEPT:
+                oldest = next(iter(self._results))
+                del self._results[oldest], self._files[oldest]
             self._results[name] = content
             self._files[name] = {path.relative_to(folder).as_posix(): path for path in files}
 

@@ -86,6 +86,9 @@ def test_nothing_can_be_uploaded(client):
 
 def test_a_name_that_is_not_ours_is_refused(client):
     assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    for origin in ("http://evil.example", "null"):
+        answer = client.post("/gradio_api/queue/join", json={}, headers={"origin": origin})
+        assert answer.status_code == 403
     answer = client.get("/")
     assert answer.status_code == 200
     assert "default-src 'self'" in answer.headers["content-security-policy"]
@@ -150,6 +153,10 @@ def test_options_can_not_name_files():
     ):
         with pytest.raises(OptionError, match="files can't be named in the page"):
             controls.assignments({**given, name: value})
+    attention = MethodControls(["attention"])
+    attention.boxes["backend"] = None
+    with pytest.raises(OptionError, match="write a name or numbers"):
+        attention.assignments({"attention method": "auto", "backend": "../x"})
     assert controls.assignments({**given, "softpag.heads": "1:2, 3:0"}) == ["heads=1:2, 3:0"]
 
 

@@ -35,7 +35,7 @@ SCENE = Scene(
 
 def masks_tab(site: Site, page: gr.Blocks) -> None:
     """Draw the mask explorer."""
-    methods = MethodControls(["attention"], general=False)
+    methods = MethodControls(["attention"], general=False, automatic=False)
     chosen = {"attention": "gna"}
     with gr.Row(elem_classes="da-split"):
         with gr.Column(scale=4, min_width=320, elem_classes="da-form"):
