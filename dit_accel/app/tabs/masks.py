@@ -80,15 +80,16 @@ def masks_tab(site: Site, page: gr.Blocks) -> None:
         except DitAccelError as error:
             return views.refusal(str(error))
 
-    options: dict[str, Any] = {
-        "show_progress": "hidden",
-        "api_visibility": "private",
-        "trigger_mode": "always_last",
-        "concurrency_limit": 2,
-    }
-    for component in controls.values():
-        component.change(draw, set(controls.values()), shown, **options)
-    page.load(draw, set(controls.values()), shown, **options)
+    # One event for all of them, so that the last answer belongs to the last change.
+    gr.on(
+        [page.load, *(component.change for component in controls.values())],
+        draw,
+        set(controls.values()),
+        shown,
+        show_progress="hidden",
+        api_visibility="private",
+        trigger_mode="always_last",
+    )
 
 
 def explore(settings: AppSettings, methods: MethodControls, given: Mapping[str, Any]) -> str:
