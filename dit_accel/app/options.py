@@ -26,6 +26,8 @@ SMALL = {"block_size": "32", "min_tokens": "0"}
 """Options that suit the few tokens of the bundled models."""
 _SECTION = re.compile(r"^(?:Args|Attributes):$", re.MULTILINE)
 HELP = {
+    "block_size": "Tokens per block of the lists, a power of two.",
+    "remainder": "What stands for the blocks left out: nothing, or the mean of each.",
     "dense_steps": "First steps that stay dense: a number, or a share such as 0.25.",
     "dense_layers": "First layers that stay dense.",
     "min_tokens": "Videos of fewer tokens stay dense.",
@@ -206,10 +208,15 @@ def option_help(cls: type[Any]) -> dict[str, str]:
     return found
 
 
+def _typed(hint: Any) -> str:
+    words = re.sub(r"\bint\b", "a whole number", describe(hint))
+    words = re.sub(r"\bfloat\b", "a number", words)
+    return f"{words[0].upper()}{words[1:]}."
+
+
 def _option_control(option: Field[Any], hint: Any, words: Mapping[str, str]) -> Any:
     usual = "" if option.default in (MISSING, None) else f" Usually {option.default}."
-    kind = describe(hint)
-    info = f"{words.get(option.name, kind[0].upper() + kind[1:] + '.')}{usual}"
+    info = (words.get(option.name) or HELP.get(option.name) or _typed(hint)) + usual
     if hint is bool or get_origin(hint) is Literal:
         values = ["true", "false"] if hint is bool else [str(value) for value in get_args(hint)]
         return gr.Dropdown(

@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from dit_accel.generation import GenerationRequest, Result
 
 
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="An .mp4, or a .png for images. [default: outputs/..., named after PROMPT]",
+        show_default=False,
+    ),
+]
 Methods = Annotated[
     list[str] | None,
     typer.Option(
@@ -87,14 +96,7 @@ class Outputs:
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to generate.", show_default=False)],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="An .mp4, or a .png for images. [default: outputs/..., named after PROMPT]",
-        ),
-    ] = None,
+    output: Output = None,
     model: Model = "tiny-wan",
     method: Methods = None,
     options: Options = None,

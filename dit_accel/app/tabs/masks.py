@@ -63,7 +63,7 @@ def masks_tab(site: Site, page: gr.Blocks) -> None:
                 controls["density"] = gr.Slider(
                     0.05, 1, 0.3, step=0.05, label="Density: share of attention kept"
                 )
-            with gr.Accordion("Options of the method", open=True):
+            with gr.Accordion("Options of the method", open=False):
                 gr.HTML(views.note("What is left empty is the method's own default."))
                 methods.draw_options(chosen)
                 for box, value in methods.small.items():
