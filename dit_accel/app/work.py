@@ -30,6 +30,7 @@ from dit_accel.generation import (
 )
 from dit_accel.models import generation_defaults, load_pipeline, pipeline_outline
 from dit_accel.report import AccelerationReport
+from dit_accel.world.worlds import unknown_words
 
 SETTINGS = ("steps", "guidance", "frames", "height", "width")
 """Settings of a request that a model recommends."""
@@ -154,7 +155,7 @@ class Studio:
 
     def _keep(self, pipe: Any, order: Order, result: Result) -> str:
         name, folder = self.store.begin()
-        defaults = generation_defaults(order.model)
+        defaults, prompt = generation_defaults(order.model), order.request.prompt
         suffix = VIDEO_SUFFIX if makes_video(type(pipe)) else IMAGE_SUFFIX
         files = {"accelerated": folder / f"accelerated{suffix}"}
         write_frames(files["accelerated"], result.accelerated.frames, defaults.fps)
@@ -173,7 +174,8 @@ class Studio:
         content = {
             "made": datetime.now().isoformat(timespec="seconds"),
             "model": order.model,
-            "prompt": order.request.prompt,
+            "prompt": prompt,
+            "unknown_words": unknown_words(defaults.world, prompt) if defaults.world else [],
             "methods": result.report.method,
             "options": {name: str(value) for name, value in order.options.items()},
             "settings": {

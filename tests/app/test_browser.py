@@ -157,6 +157,7 @@ def test_hostile_texts_are_only_texts(open_page, served):
     page.locator("#generate-start").click()
     prompt = page.locator("#generate-result .da-prompt")
     expect(prompt).to_have_text(hostile)
+    expect(page.locator("#generate-result .da-warning")).to_contain_text("knows nothing of")
     compile(page.locator("#generate-result code").inner_text(), "shown", "exec")
     assert page.evaluate("window.hacked") is None
 
