@@ -35,7 +35,7 @@ HELP = {
     "precision": "8-bit attention on a GPU: fp8, int8_fp8 or int8.",
 }
 LABELS = {
-    "attention": "Method",
+    "attention": "Attention",
     "cache": "Feature cache",
     "guidance": "Guidance",
     "resolution": "High resolution",
@@ -72,7 +72,7 @@ class MethodControls:
             self.choices[choice(kind)] = gr.Dropdown(
                 [("none", ""), *self._offered(kind)],
                 value=start if start in self._offered(kind) else "",
-                label=LABELS.get(kind, kind.capitalize()),
+                label="Method" if kind == self.kinds[0] else LABELS.get(kind, kind.capitalize()),
                 filterable=False,
             )
         self._note = gr.HTML(self._words(list(chosen.values())))
