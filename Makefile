@@ -10,19 +10,28 @@ PROMPT ?= a large yellow star moving up on a striped dark blue background
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo app eval test test-oldest lint format bench wheel clean
+.PHONY: demo app browser eval test test-oldest lint format bench wheel clean
 
 $(READY): pyproject.toml $(CONSTRAINTS)
+	@echo "Setting up $(VENV): a few minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint $(CONSTRAINTS)
 	@touch $@
 
 demo: $(READY)  ## one video twice, dense and accelerated
-	$(BIN)/dit-accel generate "$(PROMPT)" --model tiny-wan --method radial --set density=0.6 \
-		--set block_size=64 --frames 61 --steps 10 --compare --output outputs/demo.mp4 --force
+	$(BIN)/dit-accel generate "$(PROMPT)" --model tiny-wan --method gna --set density=0.4 \
+		--set block_size=32 --steps 10 --compare --output outputs/demo.mp4 --force
 
-app: $(READY)  ## the demo page, on http://127.0.0.1:7860
+app: $(READY)  ## the page in the browser, on http://127.0.0.1:7860
 	$(BIN)/python app.py
+
+# Tests of the page are skipped where this can't be done: it needs root and Debian's packages.
+browser:  ## install chromium for the tests of the page, if it is missing
+	@if command -v chromium >/dev/null; then echo "chromium is there"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium \
+			|| echo "chromium could not be installed: tests of the page will be skipped"; \
+	else echo "chromium is missing: install it as root; tests of the page will be skipped"; fi
 
 # Some ten minutes on two CPU cores. Blocks are small because the default model has only 2304
 # tokens. benchmarks/standard.py measures all methods and models, on a GPU.

@@ -1,12 +1,8 @@
-"""The demo page in a browser: ``python app.py``."""
+"""The page in a browser, like ``dit-accel app``: ``python app.py --help`` tells its options."""
 
 import sys
 
-from dit_accel.demo import launch
-from dit_accel.errors import DitAccelError
+from dit_accel.cli import main
 
 if __name__ == "__main__":
-    try:
-        launch()
-    except DitAccelError as error:
-        sys.exit(f"error: {error}")
+    main(["app", *sys.argv[1:]])

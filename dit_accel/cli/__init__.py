@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
+from dit_accel.cli import app as app_command
 from dit_accel.cli import bench, caching, evaluation, generate, headhunt, inspection
 from dit_accel.cli.output import complain
 from dit_accel.errors import DitAccelError, RankFailedError
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("generate")(generate.generate)
+app.command("app")(app_command.app)
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.command("profile")(caching.profile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
     from dit_accel.generation import GenerationRequest, Result
 
 
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="An .mp4, or a .png for images. [default: outputs/..., named after PROMPT]",
+        show_default=False,
+    ),
+]
 Methods = Annotated[
     list[str] | None,
     typer.Option(
@@ -92,7 +102,7 @@ class Outputs:
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to generate.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="An .mp4, or a .png for images.")],
+    output: Output = None,
     model: Model = "tiny-wan",
     method: Methods = None,
     options: Options = None,
@@ -139,6 +149,7 @@ def generate(
     wish |= {} if calibration is None else {"calibration": calibration}
     methods = ",".join(method or ["auto" if wish else "radial"])
     chosen = {**parse_options(methods, options or []), **wish, **guard_options(guard, guard_error)}
+    output = output or _named_after(prompt, model)
     outputs = Outputs(output, report_picture)
     _check_picture(report_picture, methods)
     check_outputs(outputs.all(compare), force=force)
@@ -249,6 +260,16 @@ def _check_picture(picture: Path | None, methods: str) -> None:
         raise OptionError(
             f"--report-picture shows attention calls, and {methods!r} leaves attention alone."
         )
+
+
+def _named_after(prompt: str, model: str) -> Path:
+    from dit_accel.files import IMAGE_SUFFIX, VIDEO_SUFFIX
+    from dit_accel.generation import makes_video
+    from dit_accel.models import pipeline_class
+
+    words = re.findall(r"[a-z0-9]+", prompt.lower())
+    suffix = VIDEO_SUFFIX if makes_video(pipeline_class(model)) else IMAGE_SUFFIX
+    return Path("outputs", ("-".join(words)[:60].strip("-") or "generated") + suffix)
 
 
 def _check_suffix(output: Path, model: str) -> None:

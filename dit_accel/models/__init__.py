@@ -172,7 +172,11 @@ def pipeline_outline(model: str) -> DiffusionPipeline | None:
 
 
 def load_pipeline(
-    model: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    model: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    safetensors_only: bool = False,
 ) -> DiffusionPipeline:
     """Load a bundled model, a local folder or a model of the hub onto ``device``.
 
@@ -181,6 +185,7 @@ def load_pipeline(
         device: where to put it.
         dtype: of the weights; None means float32 on a CPU, which is slow or incomplete in half
             precision, and bfloat16 elsewhere.
+        safetensors_only: refuse weights in pickles, which can run code when they are read.
 
     Raises:
         OptionError: if there is no such model, or the hub or folder can't deliver it; a missing
@@ -191,15 +196,16 @@ def load_pipeline(
 
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    _check_weights(model)
+    _check_weights(model, safetensors_only)
+    only = {"use_safetensors": True} if safetensors_only else {}
     with _deliverable(model), warnings.catch_warnings():
         # diffusers 0.36 knows no other name for it; newer ones warn of that name.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
-        pipe = DiffusionPipeline.from_pretrained(locate_model(model), torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(locate_model(model), torch_dtype=dtype, **only)
     return pipe.to(device)
 
 
-def _check_weights(model: str) -> None:
+def _check_weights(model: str, safetensors_only: bool) -> None:
     """Refuse local models with a missing or damaged weight file; only headers are read."""
     from safetensors import SafetensorError, safe_open
 
@@ -207,8 +213,14 @@ def _check_weights(model: str) -> None:
     for config in sorted(folder.glob("*/config.json")):  # only parts with weights have one
         part = config.parent
         files = sorted(part.glob("*.safetensors"))
-        if not files and not any(part.glob("*.bin")):
+        pickled = any(part.glob("*.bin"))
+        if not files and not pickled:
             raise OptionError(f"model {model!r} has no weights in {part}: {_remedy(model)}")
+        if not files and safetensors_only:
+            raise OptionError(
+                f"model {model!r} has its weights in {part.name} as a pickle, which is not loaded "
+                "here: save it again as safetensors."
+            )
         for file in files:
             try:
                 with safe_open(file, "pt"):

@@ -76,6 +76,16 @@ def test_without_comparison_there_is_one_video(dit_accel, video_model, tmp_path)
     assert report["speedup"] is None
 
 
+def test_without_an_output_files_are_named_after_the_prompt(dit_accel, video_model, tmp_path):
+    ran = dit_accel("generate", "A red ball, ../up!", "--model", video_model, *SPARSE, *SOON)
+    assert ran.code == 0, ran.err
+    assert "a-red-ball-up.mp4" in names(tmp_path / "outputs")
+    assert "wrote outputs/a-red-ball-up.mp4" in ran.out
+    again = dit_accel("generate", "A red ball, ../up!", "--model", video_model)
+    assert again.code == 2
+    assert "give another name, or --force" in again.err
+
+
 def test_image_model_writes_a_picture(dit_accel, image_model, tmp_path):
     ran = dit_accel(
         *("generate", "x", "--model", image_model, "-o", "out.png", "--steps", "2"),
