@@ -1,0 +1,219 @@
+"""What was measured of a method: the README's tables by their rows, and the studies' own files."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import readme_tables  # of benchmarks/, which docs_build.py puts on the path
+
+Row = dict[str, Any]
+NOTHING = "Nothing has been measured of it yet: there is no row in `benchmarks/results/`.\n"
+
+
+def measured(name: str, kind: str) -> str:
+    """Return the section of a method's page that shows its rows."""
+    found = {
+        "attention": _attention,
+        "cache": _cache,
+        "guidance": lambda _: _guidance(),
+        "resolution": lambda _: _resolution(),
+    }[kind](name)
+    return found or NOTHING
+
+
+def table(name: str) -> str:
+    """Return one of the README's tables."""
+    rows = readme_tables.summary_rows()
+    made = {
+        "headline": lambda: readme_tables.headline(rows),
+        "kernels": lambda: readme_tables.kernels(rows),
+        "steps": lambda: readme_tables.steps(rows),
+        "methods": readme_tables.methods,
+        "fidelity": readme_tables.fidelity,
+        "caching": readme_tables.caching,
+    }
+    if name == "quality" and not any(readme_tables.RESULTS.glob(readme_tables.QUALITY_FILES)):
+        return "Not measured yet.\n"
+    return (made | {"quality": readme_tables.quality})[name]()
+
+
+def value(key: str) -> Any:
+    """Return a number of summary.json."""
+    return json.loads((readme_tables.RESULTS / "summary.json").read_text())[key]
+
+
+def _attention(name: str) -> str:
+    parts = []
+    steps = "".join(_rows_of(table(which), 1, name) for which in ("headline", "steps"))
+    if steps:
+        head, note = _head_and_note(table("headline"))
+        parts.append(f"### Whole forwards\n\n{head}{steps}\n{note}")
+    if calls := _rows_of(table("methods"), 1, name):
+        head, note = _head_and_note(table("methods"))
+        parts.append(f"### One attention call\n\n{head}{calls}\n{note}")
+    if near := _rows_of(table("fidelity"), 1, name):
+        head, note = _head_and_note(table("fidelity"))
+        parts.append(f"### How near to dense\n\n{head}{near}\n{note}")
+    return "\n".join(parts)
+
+
+def _cache(name: str) -> str:
+    lines, sources = [], []
+    for path in sorted(readme_tables.RESULTS.glob(readme_tables.CACHING_FILES)):
+        data = readme_tables.load(path.name)
+        rows = [r for r in data["rows"] if r.get("cache") == name and "psnr_db" in r]
+        rows.sort(key=lambda row: (row["attention"] != "none", row["strength"]))
+        lines += [_cache_line(data["model"], row) for row in rows]
+        sources.append(readme_tables.source(data))
+    if not lines:
+        return ""
+    columns = ["model", "beside", "strength", "block calls run", "PSNR to dense", "SSIM", "speed-up"]
+    settings, manifest = data["settings"], data["manifest"]
+    note = (
+        f"{settings['prompts']} prompts in a batch on one {manifest['gpu']}, same noise; the "
+        "speed-up is the denoising loop's against the same loop without the cache and without the "
+        f"sparse method. {' '.join(sources)}\n"
+    )
+    return readme_tables.markdown(columns, lines) + note
+
+
+def _cache_line(model: str, row: Row) -> list[str]:
+    equal = row["psnr_db"] >= readme_tables.EQUAL_DB
+    return [
+        model,
+        "" if row["attention"] == "none" else row["attention"],
+        f"{row['strength']:g}",
+        f"{row['share_run']:.0%}" if "share_run" in row else "all",
+        "equal" if equal else f"{row['psnr_db']:.1f} dB",
+        f"{row['ssim']:.3f}",
+        f"{row['speedup']:.2f}x",
+    ]
+
+
+def _guidance() -> str:
+    """Return what a search for heads found: the only study of guidance so far."""
+    path = readme_tables.RESULTS / "headhunt-sd3-h100.json"
+    if not path.exists():
+        return ""
+    data = readme_tables.load(path.name)
+    rows = [
+        [str(target["target"]), f"{held['guidance']:g}", case, f"{found['following']:.1%}"]
+        for target in data["targets"]
+        for held in target["held_out"]
+        for case, found in held["conditions"].items()
+    ]
+    columns = ["searched for", "classifier-free guidance", "perturbation", "attributes that come out"]
+    note = (
+        f"{data['settings']['model']}, {data['settings']['height']} x {data['settings']['width']}, "
+        "on prompts that the search did not see. There is little room on this model: its plain "
+        f"score is high already. {readme_tables.source(data)}\n\nThe time that an added pass takes "
+        "has not been measured on a GPU.\n"
+    )
+    return readme_tables.markdown(columns, rows) + note
+
+
+def _resolution() -> str:
+    """Return FreeSwim's two studies: what a step takes, and what comes out."""
+    steps = readme_tables.load("freeswim-step-h100.json")
+    dense = {r["size"]: r["dense_step_s"] for r in steps["rows"] if r["case"] == "dense"}
+    lines = [
+        [
+            re.sub(r"(\d+)p(\d+)", r"\1p, \2 frames", row["size"]),
+            f"{row['tokens']:,}",
+            row["case"] + (", offloaded" if row["offload"] else ""),
+            f"{dense[row['size']]:.1f} s",
+            *(_beside(row[f"step_every_{n}_s"], dense[row["size"]]) for n in (1, 2, 5)),
+            f"{row['kept_gib_all_layers']:.1f} GiB",
+        ]
+        for row in steps["rows"]
+        if row["case"] != "dense"
+    ]
+    columns = ["size", "tokens", "case", "dense", "every step", "every 2", "every 5", "kept"]
+    text = readme_tables.markdown(columns, lines) + (
+        f"A step of Wan2.1-1.3B's size with classifier-free guidance on one "
+        f"{steps['manifest']['gpu']}; four layers measured and scaled to all. Columns say in how "
+        f"many steps a full pass runs. {readme_tables.source(steps)}\n\n"
+    )
+    quality = readme_tables.load("freeswim-quality-h100.json")
+    lines = [
+        [
+            f"{row['scale']}x",
+            row["case"],
+            f"{row['right']['all']:.0%}",
+            f"{row['sharpness']:.2f}",
+            f"{row['seconds_per_clip']:.2f} s",
+        ]
+        for row in quality["rows"]
+    ]
+    columns = ["of the trained size", "case", "attributes right", "sharpness", "time per clip"]
+    return text + readme_tables.markdown(columns, lines) + (
+        f"tiny-wan, {quality['settings']['prompts']} prompts; \"drawn\" is the drawn clip itself, "
+        f'"enlarged" the first stage\'s clip made larger. {readme_tables.source(quality)}\n'
+    )  # fmt: skip
+
+
+def _beside(seconds: float, dense: float) -> str:
+    return f"{seconds:.1f} s ({dense / seconds:.1f}x)"
+
+
+def _rows_of(markdown: str, column: int, name: str) -> str:
+    """Return the rows of a Markdown table that are about a method."""
+    found = []
+    for line in markdown.splitlines()[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        about = cells[column] if len(cells) > column else ""
+        if re.split(r"[ ,\-]", about)[0] == name:
+            found.append(line + "\n")
+    return "".join(found)
+
+
+def _head_and_note(markdown: str) -> tuple[str, str]:
+    """Return the two lines that begin a Markdown table, and what follows the table."""
+    lines = markdown.splitlines(keepends=True)
+    after = [line for line in lines if not line.startswith(("|", "!"))]
+    return "".join(lines[:2]), "".join(after).strip() + "\n"
+
+
+OVERVIEW_STEPS = {
+    "wan2.1-14b.720p81": "Wan 14B, 720p",
+    "hunyuanvideo.720p129": "HunyuanVideo, 720p",
+    "flux.1-dev.4096": "FLUX, 4096 x 4096",
+}
+OVERVIEW_METHODS = ("gna", "rectified", "pisa", "psa", "radial", "gna + remainder")
+OVERVIEW_DENSITY = 0.25
+
+
+def overview() -> str:
+    """Return speed-ups of whole forwards beside PSNR on the bundled models, a row a method."""
+    steps = readme_tables.summary_rows()
+    studies = [
+        readme_tables.load(path.name)
+        for path in sorted(readme_tables.RESULTS.glob(readme_tables.FIDELITY_FILES))
+    ]
+    lines = []
+    for name in OVERVIEW_METHODS:
+        line = [f"[`{name}`](methods/{name.split()[0]}.md)"]
+        for place in OVERVIEW_STEPS:
+            row = steps.get(f"step.{place}.{name}-0.15", {})
+            line.append(f"{row['vs_eager']:.2f}x" if row else "")
+        for study in studies:
+            row = next(
+                (r for r in study["rows"] if (r["method"], r["density"]) == (name, OVERVIEW_DENSITY)),
+                {},
+            )
+            line.append("-" if "unreachable" in row else _decibels(row))
+        lines.append(line)
+    columns = ["method", *OVERVIEW_STEPS.values(), *(f"{s['model']}" for s in studies)]
+    note = (
+        f"Left: how many times faster one forward is past the dense steps, density .15 asked, on "
+        f"one {steps['step.wan2.1-14b.720p81.stock']['gpu']}, against diffusers as it is. Right: "
+        f"PSNR to dense in dB at density {OVERVIEW_DENSITY:g} over the sparse calls. Empty: not "
+        "measured in this form; a dash: out of the method's reach there.\n"
+    )
+    return readme_tables.markdown(columns, lines) + note
+
+
+def _decibels(row: Row) -> str:
+    return f"{row['psnr_db']:.1f}" if row.get("psnr_db") else ""
