@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -44,8 +45,10 @@ def _row(parameter: Any) -> str:
     shown = ", ".join(f"`{name}`" for name in names)
     meaning = re.sub(r"\s+", " ", getattr(parameter, "help", None) or "").replace("|", "or")
     default = parameter.default
-    empty = default is None or callable(default) or default in ((), [], False) or "Sentinel" in repr(
-        type(default)
-    )
-    told = "required" if parameter.required else "" if empty else f"`{default}`"
+    # Typer's mark for "no default" is an object of its own, which is none of these.
+    told = f"`{default}`" if isinstance(default, str | int | float | Path) else ""
+    if parameter.required:
+        told = "required"
+    elif default is False or default == "":
+        told = ""
     return f"| {shown} | {meaning} | {told} |"

@@ -69,7 +69,7 @@ def _cache(name: str) -> str:
         sources.append(readme_tables.source(data))
     if not lines:
         return ""
-    columns = ["model", "beside", "strength", "block calls run", "PSNR to dense", "SSIM", "speed-up"]
+    columns = ["model", "beside", "strength", "blocks run", "PSNR to dense", "SSIM", "speed-up"]
     settings, manifest = data["settings"], data["manifest"]
     note = (
         f"{settings['prompts']} prompts in a batch on one {manifest['gpu']}, same noise; the "
@@ -104,7 +104,7 @@ def _guidance() -> str:
         for held in target["held_out"]
         for case, found in held["conditions"].items()
     ]
-    columns = ["searched for", "classifier-free guidance", "perturbation", "attributes that come out"]
+    columns = ["searched for", "guidance scale", "perturbation", "attributes that come out"]
     note = (
         f"{data['settings']['model']}, {data['settings']['height']} x {data['settings']['width']}, "
         "on prompts that the search did not see. There is little room on this model: its plain "
@@ -183,6 +183,7 @@ OVERVIEW_STEPS = {
 }
 OVERVIEW_METHODS = ("gna", "rectified", "pisa", "psa", "radial", "gna + remainder")
 OVERVIEW_DENSITY = 0.25
+NON_BREAKING = "\N{NON-BREAKING HYPHEN}"
 
 
 def overview() -> str:
@@ -199,13 +200,12 @@ def overview() -> str:
             row = steps.get(f"step.{place}.{name}-0.15", {})
             line.append(f"{row['vs_eager']:.2f}x" if row else "")
         for study in studies:
-            row = next(
-                (r for r in study["rows"] if (r["method"], r["density"]) == (name, OVERVIEW_DENSITY)),
-                {},
-            )
+            found = {(row["method"], row["density"]): row for row in study["rows"]}
+            row = found.get((name, OVERVIEW_DENSITY), {})
             line.append("-" if "unreachable" in row else _decibels(row))
         lines.append(line)
-    columns = ["method", *OVERVIEW_STEPS.values(), *(f"{s['model']}" for s in studies)]
+    models = [f"{study['model']}, dB".replace("-", NON_BREAKING) for study in studies]
+    columns = ["method", *OVERVIEW_STEPS.values(), *models]
     note = (
         f"Left: how many times faster one forward is past the dense steps, density .15 asked, on "
         f"one {steps['step.wan2.1-14b.720p81.stock']['gpu']}, against diffusers as it is. Right: "

@@ -8,13 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import dit_accel
-from dit_accel.kinds import KINDS, Method
-from dit_accel.registry import list_methods, method_class
-
 from measured_rows import measured
 from option_tables import option_table
 from pictures import Picture, paths_of
+
+import dit_accel
+from dit_accel.kinds import KINDS, Method
+from dit_accel.registry import list_methods, method_class
 
 PROSE = Path(__file__).parents[1] / "methods"
 TITLES = {
@@ -22,10 +22,6 @@ TITLES = {
     "cache": "Feature caches",
     "guidance": "Guidance",
     "resolution": "Resolution",
-}
-CALLS = {
-    "attention": 'accelerate_pipeline(pipe, "{name}")',
-    "cache": 'accelerate_pipeline(pipe, "{name}")',
 }
 
 

@@ -20,7 +20,9 @@ def option_table(name: str) -> str:
     """Return a Markdown table of a method's options."""
     cls, hints = method_class(name), method_hints(name)
     rows = ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for field in fields(cls):
+    # Options of its own come before those that its kind has in common.
+    own = inspect.get_annotations(cls)
+    for field in sorted(fields(cls), key=lambda field: field.name not in own):
         if field.init:
             default = "required" if _required(field) else f"`{_default(field)!r}`"
             # A bar would end the cell.
@@ -64,7 +66,7 @@ def _described(cls: type) -> dict[str, str]:
 
 def _beside_field(cls: type) -> dict[str, str]:
     """Return what stands under a field as a string, or behind it as a comment."""
-    if "__annotations__" not in cls.__dict__:
+    if not inspect.get_annotations(cls):
         return {}
     source = textwrap.dedent(inspect.getsource(cls))
     lines, body = source.splitlines(), ast.parse(source).body[0].body  # type: ignore[attr-defined]
