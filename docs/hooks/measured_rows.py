@@ -17,7 +17,7 @@ def measured(name: str, kind: str) -> str:
     found = {
         "attention": _attention,
         "cache": _cache,
-        "guidance": lambda _: _guidance(),
+        "guidance": _guidance,
         "resolution": lambda _: _resolution(),
     }[kind](name)
     return found or NOTHING
@@ -84,7 +84,7 @@ def _cache_line(model: str, row: Row) -> list[str]:
     return [
         model,
         "" if row["attention"] == "none" else row["attention"],
-        f"{row['strength']:g}",
+        f"{row['strength']:.3g}",
         f"{row['share_run']:.0%}" if "share_run" in row else "all",
         "equal" if equal else f"{row['psnr_db']:.1f} dB",
         f"{row['ssim']:.3f}",
@@ -92,19 +92,26 @@ def _cache_line(model: str, row: Row) -> list[str]:
     ]
 
 
-def _guidance() -> str:
-    """Return what a search for heads found: the only study of guidance so far."""
+def _guidance(name: str) -> str:
+    """Return what the search for heads found, for the guidances that it tried."""
     path = readme_tables.RESULTS / "headhunt-sd3-h100.json"
     if not path.exists():
         return ""
     data = readme_tables.load(path.name)
-    rows = [
-        [str(target["target"]), f"{held['guidance']:g}", case, f"{found['following']:.1%}"]
+    conditions = [
+        (f"{held['guidance']:g}", case, found)
         for target in data["targets"]
         for held in target["held_out"]
         for case, found in held["conditions"].items()
     ]
-    columns = ["searched for", "guidance scale", "perturbation", "attributes that come out"]
+    if all(found["method"] != name for *_, found in conditions):
+        return ""
+    rows = [
+        [scale, case, found["method"], f"{found['following']:.1%}"]
+        for scale, case, found in conditions
+        if found["method"] in (name, "none")
+    ]
+    columns = ["guidance scale", "what", "method", "attributes that come out"]
     note = (
         f"{data['settings']['model']}, {data['settings']['height']} x {data['settings']['width']}, "
         "on prompts that the search did not see. There is little room on this model: its plain "

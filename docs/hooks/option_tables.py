@@ -21,8 +21,9 @@ def option_table(name: str) -> str:
     cls, hints = method_class(name), method_hints(name)
     rows = ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
     # Options of its own come before those that its kind has in common.
-    own = inspect.get_annotations(cls)
-    for field in sorted(fields(cls), key=lambda field: field.name not in own):
+    own = [*inspect.get_annotations(cls)]
+    place = {name: position for position, name in enumerate(own)}
+    for field in sorted(fields(cls), key=lambda field: place.get(field.name, len(own))):
         if field.init:
             default = "required" if _required(field) else f"`{_default(field)!r}`"
             # A bar would end the cell.

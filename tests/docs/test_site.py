@@ -75,9 +75,10 @@ def broken(path: Path, pages: dict[Path, References], links: list[str]) -> Itera
         target = target / "index.html" if target.is_dir() else target
         if not target.exists():
             yield f"{path.name}: {link}"
-        elif parts.fragment and target.suffix == ".html":
-            if unquote(parts.fragment) not in pages[target].anchors:
-                yield f"{path.name}: {link} (no such anchor)"
+            continue
+        anchors = pages[target].anchors if target in pages else {parts.fragment}
+        if parts.fragment and unquote(parts.fragment) not in anchors:
+            yield f"{path.name}: {link} (no such anchor)"
 
 
 def test_links_and_pictures_lead_somewhere(pages):
