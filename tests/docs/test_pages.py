@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -17,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dit_accel import (
     GNA,
     PISA,
+    Radial,
     accelerate_pipeline,
     acceleration_report,
     list_methods,
@@ -66,6 +69,14 @@ def run_page(page: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     return load_pipeline("tiny-wan")
+
+
+@pytest.fixture
+def hooks(monkeypatch) -> Any:
+    """Return the module that makes methods' pages."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(DOCS / "hooks"))
+    return importlib.import_module("method_pages")
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -173,19 +184,17 @@ def check_ltx_video() -> None:
     assert torch.equal(forward(), stock)
 
 
-def test_options_are_told_once_and_completely(monkeypatch):
-    monkeypatch.syspath_prepend(str(DOCS / "hooks"))
-    from option_tables import meaning_of, option_table
-
+def test_options_are_told_completely(hooks):
+    options = importlib.import_module("option_tables")
     silent = [
         f"{name}.{field.name}"
         for name in OWN
         for field in fields(method_class(name))
-        if field.init and not meaning_of(method_class(name), field.name)
+        if field.init and not options.meaning_of(method_class(name), field.name)
     ]
     assert not silent
-    assert "| `window` | int or float" in option_table("gna")
-    assert "reuses in a row" in meaning_of(method_class("seacache"), "max_reuses")
+    assert "| `window` | int or float" in options.option_table("gna")
+    assert "reuses in a row" in options.meaning_of(method_class("seacache"), "max_reuses")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
@@ -204,3 +213,34 @@ def test_example_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, name, "exec", dont_inherit=True), {"__name__": "__main__"})
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_method_without_prose_gets_a_page_from_its_docstring(name, hooks, monkeypatch, tmp_path):
+    monkeypatch.setattr(hooks, "PROSE", tmp_path)
+    page = hooks.method_page(name, hooks.prose_of(name))
+    assert page.startswith(f"# {name}\n")
+    assert method_class(name).summary() in page
+    assert "\n## Options\n" in page
+    assert "\n## Measured\n" in page
+
+
+def test_measured_rows_are_those_of_the_results(hooks):
+    rows = importlib.import_module("measured_rows")
+    study = json.loads((ROOT / "benchmarks/results/caching-tiny-wan.json").read_text())
+    own = [row for row in study["rows"] if row.get("cache") == "easycache" and "psnr_db" in row]
+    shown = rows.measured("easycache", "cache")
+    assert shown.count("| tiny-wan |") == len(own)
+    assert all(f"{row['psnr_db']:.1f} dB" in shown for row in own)
+    assert "gna-0.15-fp8" in rows.measured("gna", "attention")
+    assert "gna-0.15" not in rows.measured("radial", "attention")
+    assert rows.measured("slg", "guidance") == rows.NOTHING
+
+
+def test_pictures_of_masks_are_what_the_code_draws(hooks):
+    pictures = importlib.import_module("pictures")
+    saved = [pictures.Picture.load(path) for path in pictures.paths_of("radial")][1:]
+    drawn = list(pictures._masks(Radial()))
+    assert [picture.caption for picture in drawn] == [picture.caption for picture in saved]
+    for now, then in zip(drawn, saved, strict=True):
+        assert (now.pixels == then.pixels).all()
