@@ -33,6 +33,7 @@ def table(name: str) -> str:
         "methods": readme_tables.methods,
         "fidelity": readme_tables.fidelity,
         "caching": readme_tables.caching,
+        "caches_alone": _caches_alone,
     }
     if name == "quality" and not any(readme_tables.RESULTS.glob(readme_tables.QUALITY_FILES)):
         return "Not measured yet.\n"
@@ -59,24 +60,65 @@ def _attention(name: str) -> str:
     return "\n".join(parts)
 
 
+def _caches_alone() -> str:
+    """Return the table of caches without the rows of those beside a sparse method."""
+    lines = readme_tables.caching().splitlines(keepends=True)
+    return "".join(line for line in lines if not re.match(r"\| \w+ \+ ", line))
+
+
 def _cache(name: str) -> str:
-    lines, sources = [], []
+    """Return a cache's rows: on the bundled models, and in loops of a large model's size."""
+    return "\n".join(filter(None, (_cache_on_models(name), _cache_in_loops(name))))
+
+
+def _cache_on_models(name: str) -> str:
+    lines, files = [], []
     for path in sorted(readme_tables.RESULTS.glob(readme_tables.CACHING_FILES)):
         data = readme_tables.load(path.name)
         rows = [r for r in data["rows"] if r.get("cache") == name and "psnr_db" in r]
-        rows.sort(key=lambda row: (row["attention"] != "none", row["strength"]))
+        rows.sort(key=lambda row: (row["attention"] != "none", row["attention"], row["strength"]))
         lines += [_cache_line(data["model"], row) for row in rows]
-        sources.append(readme_tables.source(data))
+        files.append(data)
     if not lines:
         return ""
     columns = ["model", "beside", "strength", "blocks run", "PSNR to dense", "SSIM", "speed-up"]
-    settings, manifest = data["settings"], data["manifest"]
     note = (
-        f"{settings['prompts']} prompts in a batch on one {manifest['gpu']}, same noise; the "
-        "speed-up is the denoising loop's against the same loop without the cache and without the "
-        f"sparse method. {' '.join(sources)}\n"
+        f"{files[0]['settings']['prompts']} prompts in a batch on one "
+        f"{files[0]['manifest']['gpu']}, same noise; the speed-up is the denoising loop's against "
+        "the same loop without the cache and without the sparse method. "
+        f"{' '.join(map(readme_tables.source, files))}\n"
     )
-    return readme_tables.markdown(columns, lines) + note
+    return "### On the bundled models\n\n" + readme_tables.markdown(columns, lines) + note
+
+
+def _cache_in_loops(name: str) -> str:
+    data = readme_tables.load("cache-steps-h100.json")
+    lines = [
+        [
+            row["size"],
+            "" if row["attention"] == "dense" else row["attention"],
+            f"{row['skipped']} of {row['block_calls']}",
+            f"{row['loop_without_s']:.1f} s",
+            f"{row['loop_s']:.1f} s",
+            f"{row['saved_over_expected']:.0%}",
+            f"{row['cache_gib']:.2f} GiB",
+        ]
+        for row in data["rows"]
+        if row.get("cache") == name and "loop_s" in row
+    ]
+    if not lines:
+        return ""
+    times = ["loop without", "loop with", "saved of expected"]
+    columns = ["size", "beside", "blocks skipped", *times, "kept"]
+    settings = data["settings"]
+    note = (
+        f"Loops of {settings['steps']} steps with guidance of {settings['layers_measured']} of "
+        f"Wan2.1-14B's {settings['layers_of_the_real_model']} blocks, random weights, forced "
+        f"schedules, {data['manifest']['gpu']}: whether skipped blocks save their time. They say "
+        f"nothing on quality. {readme_tables.source(data)}\n"
+    )
+    text = readme_tables.markdown(columns, lines)
+    return f"### In loops of a large model's size\n\n{text}{note}"
 
 
 def _cache_line(model: str, row: Row) -> list[str]:
@@ -93,11 +135,12 @@ def _cache_line(model: str, row: Row) -> list[str]:
 
 
 def _guidance(name: str) -> str:
-    """Return what the search for heads found, for the guidances that it tried."""
-    path = readme_tables.RESULTS / "headhunt-sd3-h100.json"
-    if not path.exists():
-        return ""
-    data = readme_tables.load(path.name)
+    """Return what a search for heads found, and what an added pass takes."""
+    return "\n".join(filter(None, (_searched(name), _added_pass() if name == "softpag" else "")))
+
+
+def _searched(name: str) -> str:
+    data = readme_tables.load("headhunt-sd3-h100.json")
     conditions = [
         (f"{held['guidance']:g}", case, found)
         for target in data["targets"]
@@ -115,10 +158,32 @@ def _guidance(name: str) -> str:
     note = (
         f"{data['settings']['model']}, {data['settings']['height']} x {data['settings']['width']}, "
         "on prompts that the search did not see. There is little room on this model: its plain "
-        f"score is high already. {readme_tables.source(data)}\n\nThe time that an added pass takes "
-        "has not been measured on a GPU.\n"
+        f"score is high already. {readme_tables.source(data)}\n"
     )
-    return readme_tables.markdown(columns, rows) + note
+    return "### Searched heads and layers\n\n" + readme_tables.markdown(columns, rows) + note
+
+
+def _added_pass() -> str:
+    data = readme_tables.load("guidance-cost-h100.json")
+    rows = [
+        [
+            row["model"],
+            f"{row['first_layer']} of {row['layers_of_model']}",
+            f"{row['plain_ms']:.1f} ms",
+            f"{row['guided_ms']:.1f} ms",
+            f"{row['added']:+.0%}",
+            f"{row['predicted']:+.0%}",
+        ]
+        for row in data["rows"]
+    ]
+    columns = ["model", "first perturbed block", "plain", "guided", "added", "by its blocks"]
+    note = (
+        f"One forward at 1024 x 1024 without classifier-free guidance, random weights, "
+        f"{data['settings']['layers']} blocks, one head perturbed, {data['manifest']['gpu']}. "
+        "Blocks below the first perturbed one run once for both passes. "
+        f"{readme_tables.source(data)}\n"
+    )
+    return "### What the added pass takes\n\n" + readme_tables.markdown(columns, rows) + note
 
 
 def _resolution() -> str:
