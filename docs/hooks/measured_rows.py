@@ -46,18 +46,25 @@ def value(key: str) -> Any:
 
 
 def _attention(name: str) -> str:
+    sections = {
+        "Whole forwards": _all_steps(),
+        "One attention call": readme_tables.methods(),
+        "How near to dense": readme_tables.fidelity(),
+    }
     parts = []
-    steps = "".join(_rows_of(table(which), 1, name) for which in ("headline", "steps"))
-    if steps:
-        head, note = _head_and_note(table("headline"))
-        parts.append(f"### Whole forwards\n\n{head}{steps}\n{note}")
-    if calls := _rows_of(table("methods"), 1, name):
-        head, note = _head_and_note(table("methods"))
-        parts.append(f"### One attention call\n\n{head}{calls}\n{note}")
-    if near := _rows_of(table("fidelity"), 1, name):
-        head, note = _head_and_note(table("fidelity"))
-        parts.append(f"### How near to dense\n\n{head}{near}\n{note}")
+    for title, full in sections.items():
+        if rows := _rows_of(full, 1, name):
+            head, note = _head_and_note(full)
+            parts.append(f"### {title}\n\n{head}{rows}\n{note}")
     return "\n".join(parts)
+
+
+def _all_steps() -> str:
+    """Return the forwards of all models and sizes in one table, the headline's first."""
+    rows = readme_tables.summary_rows()
+    stock = [key.removesuffix("stock") for key in rows if re.match(r"step\..*\.stock$", key)]
+    first = f"step.{readme_tables.HEADLINE_MODEL}."
+    return readme_tables.step_table(rows, sorted(stock, key=lambda key: not key.startswith(first)))
 
 
 def _caches_alone() -> str:
@@ -255,7 +262,6 @@ OVERVIEW_STEPS = {
 }
 OVERVIEW_METHODS = ("gna", "rectified", "pisa", "psa", "radial", "gna + remainder")
 OVERVIEW_DENSITY = 0.25
-NON_BREAKING = "\N{NON-BREAKING HYPHEN}"
 
 
 def overview() -> str:
@@ -276,7 +282,7 @@ def overview() -> str:
             row = found.get((name, OVERVIEW_DENSITY), {})
             line.append("-" if "unreachable" in row else _decibels(row))
         lines.append(line)
-    models = [f"{study['model']}, dB".replace("-", NON_BREAKING) for study in studies]
+    models = [f"{study['model']}, dB" for study in studies]
     columns = ["method", *OVERVIEW_STEPS.values(), *models]
     note = (
         f"Left: how many times faster one forward is past the dense steps, density .15 asked, on "
