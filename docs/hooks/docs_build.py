@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from command_pages import command_reference  # noqa: E402
 from measured_rows import overview, table, value  # noqa: E402
 from method_pages import method_list, method_page, navigation, own_methods, prose_of  # noqa: E402
+from option_tables import options_of  # noqa: E402
 from pictures import paths_of  # noqa: E402
 from registry_tables import families, operators  # noqa: E402
 
@@ -28,6 +29,7 @@ MADE = {
     "table": table,
     "overview": overview,
     "families": families,
+    "options": options_of,
     "operators": operators,
     "commands": command_reference,
     "changelog": lambda: (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("\n")[2],

@@ -1,15 +1,16 @@
-"""The options of a method as a table, from its dataclass and what its docstrings say of them."""
+"""Options as a table, from a dataclass and what its docstrings say of them."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import textwrap
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, get_type_hints
 
-from dit_accel.cli.options import describe, method_hints
+from dit_accel.cli.options import describe
 from dit_accel.registry import method_class
 
 ENTRY = re.compile(r"^(\w+(?:, \w+)*): ")
@@ -18,7 +19,18 @@ SECTIONS = ("Args:", "Attributes:")
 
 def option_table(name: str) -> str:
     """Return a Markdown table of a method's options."""
-    cls, hints = method_class(name), method_hints(name)
+    return dataclass_table(method_class(name))
+
+
+def options_of(place: str) -> str:
+    """Return the table of a dataclass given as "module:Class"."""
+    module, _, name = place.partition(":")
+    return dataclass_table(getattr(importlib.import_module(module), name))
+
+
+def dataclass_table(cls: type) -> str:
+    """Return a Markdown table of a dataclass's fields."""
+    hints = get_type_hints(cls)
     rows = ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
     # Options of its own come before those that its kind has in common.
     own = [*inspect.get_annotations(cls)]
