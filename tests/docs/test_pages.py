@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -27,6 +29,7 @@ from dit_accel import (
     registry,
     restore_pipeline,
 )
+from dit_accel.cli import app
 from dit_accel.functional import sparse_attention
 from dit_accel.models import load_pipeline
 
@@ -244,3 +247,28 @@ def test_pictures_of_masks_are_what_the_code_draws(hooks):
     assert [picture.caption for picture in drawn] == [picture.caption for picture in saved]
     for now, then in zip(drawn, saved, strict=True):
         assert (now.pixels == then.pixels).all()
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Yield the calls of ``dit-accel`` in a page's shell blocks, and those in its sentences."""
+    text = page.read_text(encoding="utf-8")
+    lines = []
+    for block in re.findall(r"```(?:sh|console)\n(.*?)```", text, re.DOTALL):
+        lines += block.replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`(dit-accel [^`\n]+)`", text)
+    for line in lines:
+        if line.startswith("dit-accel "):
+            yield shlex.split(line, comments=True)[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_and_their_options_exist(page):
+    for words in commands(page):
+        command, rest = typer.main.get_command(app), words
+        while rest and rest[0] in getattr(command, "commands", {}):
+            command, rest = command.commands[rest[0]], rest[1:]
+        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        asked = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
+        assert asked <= known, f"dit-accel {' '.join(words)}"
+        takes = any(parameter.param_type_name == "argument" for parameter in command.params)
+        assert takes or not rest or rest[0].startswith(("-", "...")), f"{' '.join(words)}"
