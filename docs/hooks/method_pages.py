@@ -14,6 +14,7 @@ from pictures import Picture, paths_of
 
 import dit_accel
 from dit_accel.kinds import KINDS, Method
+from dit_accel.presets import PRESETS
 from dit_accel.registry import list_methods, method_class
 
 PROSE = Path(__file__).parents[1] / "methods"
@@ -53,9 +54,7 @@ def method_page(name: str, prose: str) -> str:
     title, _, body = prose.partition("\n")
     intro, heading, rest = body.partition("\n## ")
     parts = [title, _facts(cls), intro.strip(), _pictures(name), heading + rest if heading else ""]
-    if cls.kind == "attention":
-        parts.append(_presets(name))
-    parts += ["## Options", option_table(name), _shared(cls.kind)]
+    parts += [_presets(name), "## Options", option_table(name), _shared(cls.kind)]
     parts += ["## Measured", measured(name, cls.kind)]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
@@ -120,8 +119,6 @@ def _figure(path: Path, picture: Picture) -> str:
 
 
 def _presets(name: str) -> str:
-    from dit_accel.presets import PRESETS
-
     rows = [
         f"| `{variant}` | {preset.source} |"
         for (variant, method), preset in sorted(PRESETS.items())

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dit_accel import SlidingWindow, accelerate_pipeline, acceleration_report, restore_pipeline
 from dit_accel.call import AttentionCall, TokenLayout
-from dit_accel.errors import DensityUnreachableError
+from dit_accel.errors import DensityUnreachableError, OptionError
 from dit_accel.grid import TokenOrder
 from dit_accel.guidance.reference import perturbed_attention
 from dit_accel.highres.reference import window_tokens
@@ -54,6 +54,18 @@ DRAWN_CACHES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "remainder_cache": (["gna", "remainder_cache"], {"dense_steps": 2, "min_tokens": 0}),
 }
 """What is drawn of caches whose defaults are for larger models, or that need a method beside."""
+COUNTED = {"pab": "attention modules", "remainder_cache": "layers"}
+"""What caches reuse that is not blocks."""
+PERTURBED = {
+    "pag": [("identity", 0.0), ("identity", 1.0)],
+    "seg": [("query_mean", 0.0), ("query_mean", 1.0)],
+    "softpag": [
+        *(("identity", strength) for strength in (0.0, 0.5, 1.0)),
+        ("uniform", 0.5),
+        ("query_mean", 0.5),
+    ],
+}
+"""Perturbations of attention maps, and strengths, that are drawn."""
 WEIGHTS = {0: 0.0, 1: 1.0, 2: 0.7, 4: 0.5, 8: 0.35}
 """How strongly a level of PSA is drawn."""
 
@@ -178,7 +190,10 @@ def _steps(name: str) -> list[Picture]:
     """Draw which blocks ran in which step of a short generation, by guidance branch."""
     pipe = _pipeline()
     methods, options = DRAWN_CACHES.get(name, ([name], {}))
-    accelerate_pipeline(pipe, methods, **options)
+    try:
+        accelerate_pipeline(pipe, methods, **options)
+    except OptionError:
+        return []  # it needs to be told something: `DRAWN_CACHES` is the place
     pipe(
         caption(SCENE),
         height=64,
@@ -191,15 +206,12 @@ def _steps(name: str) -> list[Picture]:
     )
     report = acceleration_report(pipe)
     restore_pipeline(pipe)
-    if name in ("pab", "remainder_cache"):
-        most = max(step.attention_reused for step in report.steps)
-        rows = {
-            (step.step, step.branch): [step.attention_reused == 0] * most for step in report.steps
-        }
-    else:
-        rows = {(step.step, step.branch): list(step.ran) for step in report.steps}
-    what = "attention modules" if name == "pab" else "blocks"
-    what = "layers" if name == "remainder_cache" else what
+    what = COUNTED.get(name, "blocks")
+    most = max(step.attention_reused for step in report.steps)
+    rows = {
+        (step.step, step.branch): [not step.attention_reused] * most if most else list(step.ran)
+        for step in report.steps
+    }
     by_branch = {
         told: np.array([ran for (_, where), ran in rows.items() if where == branch]).T.astype(float)
         for branch, told in (("cond", "conditional pass"), ("uncond", "unconditional pass"))
@@ -226,13 +238,7 @@ def _perturbed(name: str, cls: Any) -> list[Picture]:
         ran[4, np.array(steps)] = 0
         told = "blocks of the pass that is guided away from, layers=[4]; skipped where pale"
         return [Picture(_tint(BLUE, 0.15 + 0.85 * ran), told, ("steps", "blocks"))]
-    target = getattr(cls, "target", None)
-    cases = {
-        "pag": [("identity", 0.0), ("identity", 1.0)],
-        "seg": [("query_mean", 0.0), ("query_mean", 1.0)],
-    }.get(name, [("identity", 0.0), ("identity", 0.5), ("identity", 1.0)])
-    if target is None:
-        cases += [("uniform", 0.5), ("query_mean", 0.5)]
+    cases = PERTURBED.get(name, [])
     return [_map(perturbation, strength) for perturbation, strength in cases]
 
 

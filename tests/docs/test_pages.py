@@ -90,7 +90,7 @@ def test_every_method_has_prose_and_pictures(name):
     assert text.startswith("# ")
     assert "\n## When to use it\n" in text
     assert "\n## When not to\n" in text
-    assert any((DOCS / "pictures").glob(f"{name}-*.png")), f"run docs/hooks/pictures.py {name}"
+    assert any((DOCS / "pictures").glob(f"{name}-*.png")), f"draw it: docs/hooks/pictures.py {name}"
 
 
 def test_no_page_is_of_a_method_that_is_gone():
