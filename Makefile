@@ -10,7 +10,7 @@ PROMPT ?= a large yellow star moving up on a striped dark blue background
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo app browser eval test test-oldest lint format bench wheel clean
+.PHONY: demo app browser eval test test-oldest lint format docs docs-serve bench wheel clean
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@echo "Setting up $(VENV): a few minutes, once."
@@ -54,6 +54,12 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY)  ## the documentation, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(READY)  ## the documentation, on http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 bench: $(READY)  ## the kernels beside their peers; needs a CUDA GPU to mean anything
 	$(BIN)/dit-accel bench kernel --output outputs/kernel.json
 
@@ -61,5 +67,5 @@ wheel: $(READY)
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf build dist outputs $(VENV) $(VENV)-oldest .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist outputs site $(VENV) $(VENV)-oldest .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

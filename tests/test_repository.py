@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dit_accel"
-FOLDERS = ("dit_accel", "tests", "recipes", "benchmarks", "examples")
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_EXAMPLE_LINES = 500, 80, 30
+FOLDERS = ("dit_accel", "tests", "recipes", "benchmarks", "examples", "docs")
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_EXAMPLE_LINES = 500, 80, 40
 MAX_BYTES, MAX_MODEL_BYTES = 2**20, 36 * 2**20
 
 
