@@ -110,6 +110,8 @@ class Runtime:
     def leave(self, output: Any) -> None:
         """End the forward, also after an exception (then ``output`` is None)."""
         self._forget_forward()
+        if self.guard is not None:
+            self.guard.leave()
         started, self._started = self._started, None
         if started is not None:
             moment, begun = started
@@ -175,10 +177,8 @@ class Runtime:
     ) -> tuple[ResolutionSession | None, AttentionMethod | None]:
         """Return a resolution session that has a method of its own now, and the method to run."""
         for session in self.sessions:
-            if isinstance(session, ResolutionSession):
-                own = session.method_at(layout)
-                if own is not None:
-                    return session, own
+            if isinstance(session, ResolutionSession) and (own := session.method_at(layout)):
+                return session, own
         return None, None if self.method is None else self._planner.method_for(layout)
 
     def _reorder(

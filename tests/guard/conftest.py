@@ -79,7 +79,7 @@ class Calls:
         """Be inside a transformer's forward."""
         hidden = torch.zeros(1, 16, GRID[0], 2 * GRID[1], 2 * GRID[2])
         with self.runtime.tracker.hold(moment):
-            self.runtime.enter(self.pipe.transformer, {"hidden_states": hidden}, LAYERS, False)
+            self.runtime.enter(self.pipe.transformer, {"hidden_states": hidden}, LAYERS, None)
         # The reordering of whole forwards is the blocks' matter: each call is reordered by itself.
         object.__setattr__(self.runtime._running, "order", raster())
         yield

@@ -10,6 +10,7 @@ import torch
 
 from dit_accel import QualityGuard, accelerate_pipeline
 from dit_accel.errors import OptionError, QualityWarning
+from dit_accel.guard import engine
 from dit_accel.operators import TorchOperator
 
 from .conftest import HEADS, Calls, dense, error_of, near, needle
@@ -219,3 +220,33 @@ def test_a_guard_with_nothing_to_watch_is_refused():
     pipe = Calls(**GNA).pipe
     with pytest.raises(OptionError, match="no attention method is chosen"):
         accelerate_pipeline(pipe, "first_block_cache", guard=True)
+
+
+def test_short_calls_of_a_gpu_are_told_late_and_then_waited_for(monkeypatch):
+    original, broken = TorchOperator.run, []
+
+    def run(self, query, *args, **kwargs):
+        output, lse = original(self, query, *args, **kwargs)
+        if broken:
+            output[0, 100, 2, 3] = math.nan
+        return output, lse
+
+    monkeypatch.setattr(TorchOperator, "run", run)
+    monkeypatch.setattr(engine, "is_short", lambda _output: True)
+    calls = Calls(**GNA)
+    calls.forward([near()], 0)
+    broken.append(True)
+    with pytest.warns(QualityWarning, match="layers 0 to 0.*next generation is repaired"):
+        (lost,) = calls.forward([near()], 1)
+    assert not lost.isfinite().all()
+    with pytest.warns(QualityWarning, match="1 heads not finite"):
+        (output,) = calls.forward([near()], 2)
+    torch.testing.assert_close(output[:, :, 2], dense(near())[:, :, 2])
+
+
+def test_short_calls_of_a_gpu_are_probed_a_quarter_as_often():
+    probed = [call for call in range(40) if QualityGuard().probes(1, call)]
+    seldom = [call for call in range(40) if QualityGuard().probes(1, call, seldom=True)]
+    assert probed == [0, 3, 7, 11, 15, 19, 23, 27, 31, 35, 39]
+    assert seldom == [0, 15, 31]
+    assert all(QualityGuard(every=1).probes(1, call, seldom=True) for call in range(40))
