@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tiny-wan"], help="names or folders")
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="dB")
     parser.add_argument("--prompts", type=int, default=32, help="held out: the first so many of 64")
-    parser.add_argument("--tried", type=int, default=8, help="the last so many of 64")
+    parser.add_argument("--tried", type=int, default=16, help="the last so many of 64")
     parser.add_argument("--no-grid", action="store_true", help="no grid search")
     parser.add_argument("--seconds", type=float, help="begin no row of a model after this long")
     for name in ("steps", "frames", "height", "width"):

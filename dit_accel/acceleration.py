@@ -104,7 +104,7 @@ def accelerate_pipeline(
             faster. With a cache by name and no min_psnr, this and max_error choose its strength
             alone, and speed is counted in block calls.
         probe: what to try it on: keyword arguments of ``pipe(...)``, or a list of these, with the
-            steps and the size that will be used and some eight prompts. None: prompts that a
+            steps and the size that will be used and some 16 prompts. None: prompts that a
             bundled model knows.
         calibration: a file of ``dit-accel calibrate --method auto``, in place of ``probe``. Refused
             if made with another model, GPU or version, or for another size or number of steps.

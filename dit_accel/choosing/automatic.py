@@ -29,7 +29,7 @@ from dit_accel.registry import list_methods, method_class
 from dit_accel.world.worlds import fixed_prompts
 
 Row = dict[str, Any]
-PROMPTS = 8
+PROMPTS = 16
 """Fixed prompts of a bundled model that are tried where none are given."""
 _GENERAL = ("dense_steps", "dense_layers", "min_tokens", "backend", "precision")
 _USUAL_STEPS = 0.25
@@ -207,7 +207,7 @@ def _check(
 
 def _calls(pipe: Any, probe: PipelineCall | Sequence[PipelineCall] | None) -> list[PipelineCall]:
     if probe is None:
-        return bundled_calls(pipe, range(0, 8 * PROMPTS, 8))
+        return bundled_calls(pipe, range(0, 64, 64 // PROMPTS))
     calls: list[PipelineCall] = [probe] if isinstance(probe, Mapping) else list(probe)
     if not calls or not all(isinstance(call, Mapping) for call in calls):
         raise OptionError("probe: give keyword arguments of pipe(...), or a list of these.")

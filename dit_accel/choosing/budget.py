@@ -13,8 +13,8 @@ WORTHWHILE = 1.05
 """Speed-up below which attention, or a whole pipeline, stays dense."""
 USUAL_PSNR = 30.0
 """Decibels that ``method="auto"`` keeps to if it is given prompts to try and no budget."""
-_COVERED, _CONFIDENCE = 1.2816, 0.6745
-"""Normal quantiles: nine prompts in ten, with a confidence of three in four."""
+_COVERED, _CONFIDENCE = 1.2816, 1.2816
+"""Normal quantiles: nine prompts in ten, with a confidence of nine in ten."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Budget:
 
 
 def low_quantile(values: Sequence[float]) -> float:
-    """Return what nine values in ten exceed, with a confidence of three in four.
+    """Return what nine values in ten exceed, with a confidence of nine in ten.
 
     A one-sided tolerance limit of a normal distribution (Natrella 1963, section 2-5.2, the closed
     approximation): the fewer values there are, the further below their mean.
