@@ -33,10 +33,11 @@ def accelerate_at(
         ``{"reaches": least}`` if the density asked for was out of reach, and nothing otherwise.
     """
     try:
-        accelerate_pipeline(pipe, method, guard=False, **settings)
+        accelerate_pipeline(pipe, method, **{"guard": False, **settings})
         run()
     except DensityUnreachableError as error:
-        accelerate_pipeline(pipe, method, guard=False, **{**settings, "density": error.least})
+        least = {"guard": False, **settings, "density": error.least}
+        accelerate_pipeline(pipe, method, **least)
         run()
         return {"reaches": error.least}
     return {}

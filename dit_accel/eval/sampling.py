@@ -11,6 +11,7 @@ import torch
 
 from dit_accel.acceleration import accelerate_pipeline, acceleration_report, restore_pipeline
 from dit_accel.bench.methods import accelerate_at
+from dit_accel.errors import DensityUnreachableError
 from dit_accel.eval.candidates import Candidate
 from dit_accel.eval.energy import EnergyMeter
 from dit_accel.eval.settings import ModelSettings
@@ -71,7 +72,7 @@ class PipelineSampler:
         self._meter = EnergyMeter(settings.device)
         self._loaded: Any = None
         self._attached: Candidate | None = None
-        self._reached: dict[str, Row] = {}  # per label warmed up: what warming up found out
+        self._warm: set[str] = set()  # labels that have been warmed up
 
     def sample(self, candidate: Candidate, requests: Sequence[GenerationRequest]) -> Sampled:
         """See `Sampler`.
@@ -85,7 +86,15 @@ class PipelineSampler:
         device = torch.device(self._settings.device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        batch, joules = self._timed(pipe, candidate, requests)
+        reached: Row = {}
+        try:
+            batch, joules = self._timed(pipe, candidate, requests)
+        except DensityUnreachableError as error:
+            # For this batch alone: the length of its text decides, and a run that was cut off
+            # must end as an unbroken one.
+            reached, self._attached = {"reaches": error.least}, None
+            _accelerate(pipe, candidate, density=error.least)
+            batch, joules = self._timed(pipe, candidate, requests)
         times, energies = [(batch.total_s, batch.denoise_s)], [joules]
         for _ in range(1, self._repeats):
             again, joules = self._timed(pipe, candidate, requests)
@@ -101,19 +110,18 @@ class PipelineSampler:
             "batch": len(requests),
             "repeats": self._repeats,
         }
-        return Sampled(batch, speed, {} if candidate.dense else self._acceleration(pipe, candidate))
+        return Sampled(batch, speed, {} if candidate.dense else _acceleration(pipe) | reached)
 
     def _attach(
         self, pipe: Any, candidate: Candidate, requests: Sequence[GenerationRequest]
     ) -> None:
         self._attached = None
         restore_pipeline(pipe)
-        if candidate.label not in self._reached:
-            self._reached[candidate.label] = self._warm_up(pipe, candidate, requests)
+        if candidate.label not in self._warm:
+            self._warm_up(pipe, candidate, requests)
+            self._warm.add(candidate.label)
         if not candidate.dense:
-            reached = self._reached[candidate.label]
-            density = {"density": reached["reaches"]} if reached else {}
-            accelerate_pipeline(pipe, candidate.method, **{**candidate.options, **density})
+            _accelerate(pipe, candidate)
         self._attached = candidate
 
     def _timed(
@@ -140,8 +148,8 @@ class PipelineSampler:
 
     def _warm_up(
         self, pipe: Any, candidate: Candidate, requests: Sequence[GenerationRequest]
-    ) -> Row:
-        """Run one step; return ``{"reaches": least}`` if the density is out of reach."""
+    ) -> None:
+        """Run one step, at the least density within reach if the candidate's isn't."""
 
         def run() -> None:
             stage = f"warming up, {candidate.label}"
@@ -149,22 +157,27 @@ class PipelineSampler:
 
         if candidate.dense:
             run()
-            return {}
+            return
         try:
-            return accelerate_at(
+            accelerate_at(
                 pipe, candidate.method, run, **at_once(candidate.method, candidate.options)
             )
         finally:
             restore_pipeline(pipe)
 
-    def _acceleration(self, pipe: Any, candidate: Candidate) -> Row:
-        report = acceleration_report(pipe)
-        return {
-            "computed_density": report.block_density,  # of all calls; dense ones count as 1
-            "attended_density": report.density,
-            "sparse_density": report.sparse_density,  # attended, of the sparse calls alone
-            "blocks_skipped": report.blocks_skipped,
-            "operators": sorted({call.operator for call in report.calls}),
-            "settings": report.settings,
-            **self._reached[candidate.label],
-        }
+
+def _accelerate(pipe: Any, candidate: Candidate, **density: float) -> None:
+    """Put a candidate on; without the quality guard, which would make bad methods look good."""
+    accelerate_pipeline(pipe, candidate.method, **{"guard": False, **candidate.options, **density})
+
+
+def _acceleration(pipe: Any) -> Row:
+    report = acceleration_report(pipe)
+    return {
+        "computed_density": report.block_density,  # of all calls; dense ones count as 1
+        "attended_density": report.density,
+        "sparse_density": report.sparse_density,  # attended, of the sparse calls alone
+        "blocks_skipped": report.blocks_skipped,
+        "operators": sorted({call.operator for call in report.calls}),
+        "settings": report.settings,
+    }
