@@ -147,25 +147,33 @@ def _guidance(name: str) -> str:
 
 
 def _searched(name: str) -> str:
-    data = readme_tables.load("headhunt-sd3-h100.json")
-    conditions = [
-        (f"{held['guidance']:g}", case, found)
+    files = [
+        readme_tables.load(path.name)
+        for path in sorted(readme_tables.RESULTS.glob("headhunt-tiny-*.json"))
+    ]
+    rows = [
+        [
+            data["settings"]["model"],
+            target["target"],
+            f"{held['guidance']:g}",
+            case,
+            f"{held['conditions']['none']['score']:.1%}",
+            f"{found['score']:.1%}",
+        ]
+        for data in files
         for target in data["targets"]
         for held in target["held_out"]
         for case, found in held["conditions"].items()
+        if found["method"] == name
     ]
-    if all(found["method"] != name for *_, found in conditions):
+    if not rows:
         return ""
-    rows = [
-        [scale, case, found["method"], f"{found['following']:.1%}"]
-        for scale, case, found in conditions
-        if found["method"] in (name, "none")
-    ]
-    columns = ["guidance scale", "what", "method", "attributes that come out"]
+    columns = ["model", "for", "guidance scale", "what", "without it", "with it"]
+    settings = files[0]["settings"]
     note = (
-        f"{data['settings']['model']}, {data['settings']['height']} x {data['settings']['width']}, "
-        "on prompts that the search did not see. There is little room on this model: its plain "
-        f"score is high already. {readme_tables.source(data)}\n"
+        f"Share of attributes that come out, {settings['height']} x {settings['width']}, "
+        f"{settings['steps']} steps, on 64 prompts that the search did not see. "
+        f"{' '.join(readme_tables.source(data) for data in files)}\n"
     )
     return "### Searched heads and layers\n\n" + readme_tables.markdown(columns, rows) + note
 

@@ -174,7 +174,7 @@ def check_ltx_video() -> None:
         )[0]
 
     stock = forward()
-    free = {"min_tokens": 0, "dense_steps": 0, "dense_layers": 0}
+    free = {"min_tokens": 0, "dense_steps": 0, "dense_layers": 0, "guard": False}
     # It reorders the tokens and leaves nothing out.
     accelerate_pipeline(pipe, PISA(density=1, block_size=16), **free)
     torch.testing.assert_close(forward(), stock)
