@@ -214,7 +214,7 @@ class ModelBench:
         try:
             if attention not in self._warm and self.device != "cpu":
                 if chosen:
-                    accelerate_pipeline(self.pipe, chosen, **options)
+                    accelerate_pipeline(self.pipe, chosen, guard=False, **options)
                 self._generate([replace(request, steps=4) for request in self.requests])
                 self._warm.add(attention)
             if name != "none":
@@ -223,7 +223,7 @@ class ModelBench:
                     [*chosen, name],
                     options | {name: OPTIONS.get(name, {}) | strength},
                 )
-            accelerate_pipeline(self.pipe, chosen, **options)
+            accelerate_pipeline(self.pipe, chosen, guard=False, **options)
             clips, loop_s = self._generate(self.requests)
             report = acceleration_report(self.pipe)
         finally:

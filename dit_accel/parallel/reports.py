@@ -87,14 +87,14 @@ def _portable(call: CallRecord) -> CallRecord:
     """Return a record that can be sent: without masks and tensors."""
     if isinstance(call.plan, DensePlan):
         return call
-    return replace(call, plan=KnownShares(call.density, call.block_density))
+    return replace(call, plan=KnownShares(call.plan.density, call.plan.block_density))
 
 
 def _mean(calls: Sequence[CallRecord]) -> CallRecord:
     if len(calls) == 1 or any(isinstance(call.plan, DensePlan) for call in calls):
         return calls[0]
     density, block_density = (
-        sum(getattr(call, name) for call in calls) / len(calls)
+        sum(getattr(call.plan, name) for call in calls) / len(calls)
         for name in ("density", "block_density")
     )
     return replace(calls[0], plan=KnownShares(density, block_density))

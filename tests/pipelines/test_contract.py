@@ -171,6 +171,7 @@ def test_dense_steps_and_layers_are_dense(subject):
         dense_steps=(1, 1),
         dense_layers=[1],
         min_tokens=0,
+        guard=False,
     )
     subject.run()
     for call in acceleration_report(subject.pipe).calls:
