@@ -19,8 +19,8 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 demo: $(READY)  ## one video twice, dense and accelerated
-	$(BIN)/dit-accel generate "$(PROMPT)" --model tiny-wan --method gna --set density=0.4 \
-		--set block_size=32 --steps 10 --compare --output outputs/demo.mp4 --force
+	$(BIN)/dit-accel generate "$(PROMPT)" --model tiny-wan --method easycache \
+		--compare --output outputs/demo.mp4 --force
 
 app: $(READY)  ## the page in the browser, on http://127.0.0.1:7860
 	$(BIN)/python app.py
