@@ -215,8 +215,8 @@ def _prepare(
     if calibration is not None:
         methods = compose(chosen, {**options, calibration.method: calibration.options}, defaults)
     if wish["per_head"] is not None:
-        methods, general = _share_out(pipe, methods, general, schedule, wish)
-        attention = methods["attention"]  # type: ignore[assignment]
+        attention = _share_out(pipe, methods, general, schedule, wish)
+        methods, general = {**methods, "attention": attention}, {**general, "density": None}
     how = (general["backend"], general["density"], general["precision"])
     runtime = Runtime(pipe, family, attention, schedule, *how)
     runtime.recorder.notes += notes
@@ -273,15 +273,14 @@ def _share_out(
     general: Mapping[str, Any],
     schedule: Schedule,
     wish: Mapping[str, Any],
-) -> tuple[dict[str, Method], dict[str, Any]]:
-    """Give every layer and head of the attention method a density of its own."""
+) -> AttentionMethod:
+    """Return the attention method with a density of its own for every layer and head."""
     from dit_accel.per_head.sharing import share_out  # above this module, as calibration is
 
     with _set_aside(pipe):
-        shared = share_out(
+        return share_out(
             pipe, methods, general, schedule, per_head=wish["per_head"], probe=wish["probe"]
         )
-    return {**methods, "attention": shared}, {**general, "density": None}
 
 
 class Acceleration:

@@ -137,7 +137,6 @@ def choose(
     """
     target = max(budget.target_speedup or 0.0, WORTHWHILE)
     good = [p for p in points if p.speedup >= target and p.margin_db(budget) >= 0]
-    made = {"points": tuple(points), "refused": refused, "sources": tuple(sources)}
     if not good and budget.target_speedup is not None:
         raise OptionError(_unmet(points, budget))
     if not good:
@@ -145,7 +144,7 @@ def choose(
             f"method='auto' stays dense: nothing that was tried keeps to {budget} and is "
             f"{WORTHWHILE}x faster"
         )
-        return Choice(budget, None, why, **made)  # type: ignore[arg-type]
+        return Choice(budget, None, why, tuple(points), refused, tuple(sources))
     if budget.target_speedup is None:
         best = max(good, key=lambda point: point.speedup)
         reason = f"the fastest of {len(points)} settings tried that keeps to {budget}"
@@ -153,7 +152,7 @@ def choose(
         best = max(good, key=_quality)
         reason = f"the nearest to dense of {len(points)} settings tried that gives {budget}"
     why = f"method='auto' took {best.setting}: {reason}"
-    return Choice(budget, best, why, **made)  # type: ignore[arg-type]
+    return Choice(budget, best, why, tuple(points), refused, tuple(sources))
 
 
 def save(path: Path, where: Row, seen: Row, points: Sequence[Point]) -> None:

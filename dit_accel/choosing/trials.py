@@ -134,7 +134,7 @@ class Trials:
     def look(self) -> Seen:
         """Return what is generated, from a dense generation or from earlier."""
         if self.seen is None:
-            self.dense  # noqa: B018
+            self.generate_dense()
         if self.seen is None:
             raise OptionError("the pipeline ran no transformer that this package knows.")
         return self.seen
@@ -144,9 +144,8 @@ class Trials:
         """All that were measured or recalled."""
         return list(self._points.values())
 
-    @property
-    def dense(self) -> Generated:
-        """What the pipeline makes without any acceleration."""
+    def generate_dense(self) -> Generated:
+        """Return what the pipeline makes without any acceleration, generated once."""
         if self._dense is None:
             self._warm_up()
             with _Look(self.pipe) as look:
@@ -170,9 +169,9 @@ class Trials:
         accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
         if self._dense is None:  # only now: what can't be attached is refused before a long run
             restore_pipeline(self.pipe)
-            self.dense  # noqa: B018
+            self.generate_dense()
             accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
-        dense = self.dense
+        dense = self.generate_dense()
         if self.pipe.device.type == "cuda":
             self._warm_up()
         made = self._generate()

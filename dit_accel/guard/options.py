@@ -28,7 +28,8 @@ class QualityGuard:
     (``every=1`` looks at all). The first trip of a generation raises a `QualityWarning`.
 
     Rows are chosen without random numbers, and all is forgotten between generations, so the same
-    seed gives the same output again. On a GPU each sparse call waits for one small vector.
+    seed gives the same output again. On a GPU each call that is looked at waits for one small
+    vector.
 
     The default budget is for what is broken, not for what is merely less exact. On the bundled
     models, 8 steps and a prompt or two, the attention methods as they come (22 to 42 dB from dense)

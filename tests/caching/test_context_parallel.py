@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
-import traceback
 from typing import Any
 
 import pytest
-import torch
+from ranks import run_ranks
 
 # Gates that compare shards, gates that don't, and other engines.
 CACHES = (
@@ -17,25 +14,12 @@ CACHES = (
 )
 
 
-def _work(rank: int, port: int, results: Any) -> None:
-    try:
-        results.put((rank, _generate(rank, port)))
-    except BaseException:
-        results.put((rank, traceback.format_exc()))  # or the test would wait in vain
-        raise
-
-
-def _generate(rank: int, port: int) -> dict[str, Any]:
-    import torch.distributed as dist
+def _generate() -> dict[str, Any]:
     from cache_subjects import ACTIVE, Subject, marks
     from diffusers import ContextParallelConfig
 
     from dit_accel import accelerate_pipeline, acceleration_report
 
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    torch.accelerator.device_count = lambda: 1  # type: ignore[assignment]  # diffusers divides by it
     found: dict[str, Any] = {}
     for name in ("wan", "flux"):
         for cache in CACHES:
@@ -59,28 +43,13 @@ def _generate(rank: int, port: int) -> dict[str, Any]:
             decided = marks(acceleration_report(subject.pipe), branch)
             error = float((shared - alone).abs().max())
             found[f"{name} {cache}"] = (expected, decided, error)
-    dist.barrier()
-    dist.destroy_process_group()
     return found
 
 
 @pytest.mark.slow
 def test_two_ranks_decide_alike_and_give_the_same_picture():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [context.Process(target=_work, args=(rank, port, results)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        found = dict(results.get(timeout=300) for _ in ranks)
-    finally:
-        for process in ranks:
-            process.join(30)
-            process.kill()
-    assert not any(isinstance(result, str) for result in found.values()), found
+    found = run_ranks(_generate)
+    assert not any(isinstance(result, str) for result in found), found
     for name, (expected, decided, error) in found[0].items():
         assert decided == expected == found[1][name][1], name
         assert "." in decided, name

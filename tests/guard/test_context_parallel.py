@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
-import traceback
 import warnings
 from typing import Any
 
 import pytest
-import torch
+from ranks import run_ranks
 
 GNA = {"window": (1.0, 0.4, 0.4), "block_size": 16, "dense_steps": 0, "min_tokens": 0}
-
-
-def _work(rank: int, port: int, results: Any) -> None:
-    try:
-        results.put((rank, _generate(rank, port)))
-    except BaseException:
-        results.put((rank, traceback.format_exc()))  # or the test would wait in vain
-        raise
 
 
 def _decisions(pipe: Any) -> list[tuple[Any, ...]]:
@@ -30,18 +19,13 @@ def _decisions(pipe: Any) -> list[tuple[Any, ...]]:
     return [(r.step, r.layer, r.tripped, r.dense) for r in report.guard.records] + shares
 
 
-def _generate(rank: int, port: int) -> dict[str, Any]:
-    import torch.distributed as dist
+def _generate() -> dict[str, Any]:
     from diffusers import ContextParallelConfig
     from tiny_pipelines import TINY_PIPELINES, run_tiny
 
     from dit_accel import QualityGuard, accelerate_pipeline, acceleration_report
 
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    torch.accelerator.device_count = lambda: 1  # type: ignore[assignment]  # diffusers divides by it
     build, arguments = TINY_PIPELINES["wan"]
     arguments = arguments | {"max_sequence_length": 32}  # older diffusers split the text too
     pipe = build()
@@ -61,29 +45,14 @@ def _generate(rank: int, port: int) -> dict[str, Any]:
         "decided": _decisions(pipe),
         "error": float((shared - alone).abs().max()),
     }
-    dist.barrier()
-    dist.destroy_process_group()
     return found
 
 
 @pytest.mark.slow
 def test_two_ranks_decide_alike_for_all_heads():
     """Each rank attends with one of the two heads, and knows of both."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [context.Process(target=_work, args=(rank, port, results)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        found = dict(results.get(timeout=300) for _ in ranks)
-    finally:
-        for process in ranks:
-            process.join(30)
-            process.kill()
-    for result in found.values():
+    found = run_ranks(_generate)
+    for result in found:
         assert not isinstance(result, str), result
         assert result["decided"] == result["expected"]
         assert result["error"] < 1e-5
