@@ -204,14 +204,15 @@ def measure_size(
             write_json(result, args.output)
 
 
-def sweep(args: argparse.Namespace) -> list[Row]:
+def sweep(args: argparse.Namespace, result: Row) -> None:
     """Attention alone with every tile shape of the joint kernel that may pay, fastest first."""
     from dit_accel.kernels.joint import joint_sparse_attention
 
-    tokens, rows = args.tokens[0], []
+    tokens = args.tokens[0]
     layout = TokenLayout(GRIDS[tokens])
     qkv = make_case(tokens, args.heads, args.head_size, 0.1, args.device).qkv
-    for name in ("pisa", "psa", "rectified"):
+    for name in (name for name in ("pisa", "psa", "rectified") if name in args.methods):
+        rows: list[Row] = []
         method = make_method(name).at_density(args.density[0], layout)
         order = method.token_order(layout.grid)
         plan = method.plan(AttentionCall(layout), *qkv, order)
@@ -229,7 +230,8 @@ def sweep(args: argparse.Namespace) -> list[Row]:
                 row |= guarded("config", lambda run=run: {"attention_ms": median_ms(run)})
                 rows.append(row)
                 print(row, flush=True)
-    return sorted(rows, key=lambda row: (row["method"], row.get("attention_ms", math.inf)))
+        result["rows"] += sorted(rows, key=lambda row: row.get("attention_ms", math.inf))
+        write_json(result, args.output)
 
 
 def dense_run(qkv: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
@@ -286,8 +288,7 @@ def main() -> None:
     flex = flex_attention if args.device == "cpu" else torch.compile(flex_attention, dynamic=False)
     if args.sweep:
         with torch.no_grad():
-            result["rows"] = sweep(args)
-        write_json(result, args.output)
+            sweep(args, result)
         return
     small_checks: dict[str, Row] = {}
     start = time.perf_counter()

@@ -13,6 +13,7 @@ from dit_accel.bench.methods import accelerate_at, block_options
 from dit_accel.eval.fidelity import psnr
 from dit_accel.generation import Generation, GenerationRequest, generate
 from dit_accel.models import generation_defaults, load_pipeline
+from dit_accel.registry import list_methods
 from dit_accel.world.worlds import fixed_prompts
 
 DENSE = "dense"
@@ -22,7 +23,8 @@ DENSE = "dense"
 class PipelineBench:
     """Times generations at a model's recommended size. The model of the last task is kept.
 
-    Each kind of run follows an untimed one of a single step, sparse from that step on.
+    Dense and sparse runs follow an untimed one of a single step, sparse from that step on; caches
+    change no kernel, and need none.
 
     Attributes:
         device: where to run.
@@ -51,11 +53,13 @@ class PipelineBench:
             return row
         try:
             names = method.split("+")
-            settings: Row = {"density": task["density"]}
-            settings |= block_options(names[0], task["block_size"])
-            every = {**settings, "dense_steps": 0, "dense_layers": 0}
-            reached = accelerate_at(pipe, names, lambda: _one_step(pipe, request), **every)
-            settings["density"] = reached.get("reaches", settings["density"])
+            settings: Row = block_options(names[0], task["block_size"])
+            reached: Row = {}
+            if set(names) & set(list_methods("attention")):
+                settings["density"] = task["density"]
+                every = {**settings, "dense_steps": 0, "dense_layers": 0}
+                reached = accelerate_at(pipe, names, lambda: _one_step(pipe, request), **every)
+                settings["density"] = reached.get("reaches", settings["density"])
             accelerate_pipeline(pipe, names, **settings)
             generated, row = self._timed(pipe, request)
             report = acceleration_report(pipe)

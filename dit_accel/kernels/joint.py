@@ -36,7 +36,7 @@ from dit_accel.kernels.block_sparse import (
 )
 from dit_accel.kernels.joint_reference import LEVELS
 from dit_accel.kernels.tiles import check_block_size
-from dit_accel.kernels.tuning import KernelConfig
+from dit_accel.kernels.tuning import KernelConfig, joint_config
 
 if TYPE_CHECKING:
     from dit_accel.kernels.statistics import BlockStatistics
@@ -525,6 +525,11 @@ def _joint_op(
     centroids = [_packed(t, query.dtype) for t in (key_mean, value_mean)]
     extras = [_packed(t, torch.float32) for t in (moment, row_factor, added)]
     block_d = max(16, triton.next_power_of_2(head_size))
+    if config is None and query.is_cuda:
+        capability = torch.cuda.get_device_capability(query.device)
+        has_pooled = any(t is not None for t in pooled)
+        measured = joint_config(capability, block_d, query.element_size(), query_block, has_pooled)
+        config = list(astuple(measured))
     cfg = _resolve_config(query, block_d, MAX_BLOCK_SIZE, config)
     block_m, block_n = min(cfg.block_m, query_block), min(cfg.block_n, key_block)
     use_tma = cfg.use_tma and all(

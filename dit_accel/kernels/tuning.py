@@ -57,6 +57,30 @@ def kernel_config(capability: tuple[int, int], head_size: int, itemsize: int) ->
     return KernelConfig(128, 64 if head_size <= 64 else 32, 4, 3)
 
 
+def joint_config(
+    capability: tuple[int, int], head_size: int, itemsize: int, query_block: int, pooled: bool
+) -> KernelConfig:
+    """Return the configuration of the kernel that attends at several levels.
+
+    As `kernel_config`, but where shapes were compared: on an H100 at head size 128, PSA's levels in
+    tiles of 32 keys take .88 of the time and PISA's tiles of 64 queries with three stages .96
+    (`benchmarks/results/methods-sweep-h100.json`).
+
+    Args:
+        capability: CUDA compute capability, such as ``(9, 0)``.
+        head_size: head size after padding to a power of two.
+        itemsize: bytes per element of query, key and value.
+        query_block: video tokens per query block.
+        pooled: whether some blocks are attended to by their pooled keys.
+    """
+    usual = kernel_config(capability, head_size, itemsize)
+    if capability[0] != 9 or head_size != 128 or itemsize == 4:
+        return usual
+    if pooled:
+        return KernelConfig(128, 32, 4, 3, use_tma=True)
+    return replace(usual, num_stages=3) if query_block <= 64 else usual
+
+
 def quantised_config(capability: tuple[int, int], head_size: int, precision: str) -> KernelConfig:
     """Return the configuration of the 8-bit kernel: compiled without spills, not yet measured.
 

@@ -35,6 +35,12 @@ def test_a_run_that_goes_on_makes_the_dense_clip_again(model):
     assert {"total_s", "denoise_s", "psnr_db"} <= row.keys()
 
 
+def test_a_cache_alone_is_measured(model):
+    task = {"model": model, "method": "first_block_cache", "density": None, "block_size": None}
+    row = PipelineBench("cpu", repeats=1, prompt="a cat").measure(task)
+    assert row["total_s"] > 0
+
+
 def test_methods_go_together(model):
     task = {"model": model, "method": "gna+first_block_cache", "density": None, "block_size": None}
     row = PipelineBench("cpu", repeats=1, prompt="a cat").measure(task)
