@@ -237,9 +237,10 @@ class Runtime:
         layout = running.layouts[0] if query[1] is not None else running.image_layout
         call = self._call(running, layer, layout, query[0])
         reason = self.schedule.dense_reason(call)
-        if self.guard is not None:
-            self.recorder.note("the quality guard does not look at calls that run in a ring")
-        return self._parallel.ring(split, query, key, value, call, running, reason, scale)
+        if reason is None and self.guard is not None:
+            reason = self.guard.dense_reason(call, running.sample)
+        ring = self._parallel.ring
+        return ring(split, query, key, value, call, running, reason, scale, self.guard)
 
     def _call(
         self, running: RunningForward, layer: Tensor | None, layout: TokenLayout, query: Tensor

@@ -4,7 +4,9 @@
 which the host reads once per sparse call: what is wrong is repaired before anything else sees it,
 and a wait at a call that takes milliseconds costs less than running the repair for all heads and
 choosing on the device. Under context parallelism the vector is summed over the ranks that share a
-sequence before it is read, so all ranks decide alike for all heads, and repair their own.
+sequence before it is read, so all ranks decide alike for all heads, and repair their own. In a ring
+each part adds what it has of the probed rows, and calls `Guard.rows` and `Guard.judge` itself
+(`parallel/guarded.py`); whole sequences go through `Guard.check`.
 
 On a GPU a wait costs more than a short call does. So short calls are waited for only where they
 are probed, which is seldom; whether the others are finite is read at the end of the forward, too
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +37,9 @@ Output = tuple[Tensor, Tensor | None]
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Dense attention: ``dense(query, key, value) -> output``, all ``[B, N, H, D]``."""
+
+Heads = Tensor | slice
+"""What ``x[:, :, heads]`` takes: int64 numbers of heads, or all of them."""
 
 SHORT = 65_536
 """Tokens from which a GPU's call takes so long that a wait does not count: with a wait in each, a
@@ -151,41 +156,67 @@ class Guard:
         Returns:
             The output, repaired, and the share of the heads that were computed densely.
         """
+        rows = self.rows(call, sample, output.device)
+        sums = None if rows is None else probe_sums(*qkv, output, rows, scale)
+        heads, share = self.judge((output,), sums, call, sample)
+        return repaired(output, heads, lambda of: dense(*(x[:, :, of] for x in qkv))), share
+
+    def rows(self, call: AttentionCall, sample: int, device: torch.device) -> Tensor | None:
+        """Return in which rows a sparse call that is about to run, or has just run, is probed.
+
+        Args:
+            call: which call, not judged yet.
+            sample: of the batch, where samples run one by one.
+            device: of the call.
+
+        Returns:
+            int64 ``[R]`` of the rows that ``call.layout`` names, ascending; None if not probed.
+        """
+        known = self._known.get(self._key(call, sample))
+        earlier = 0 if known is None else known.calls
+        if not self.options.probes(call.layer, earlier, seldom=is_short(call.layout, device)):
+            return None
+        return probe_rows(call.layout, self.options.rows, earlier, device)
+
+    def judge(
+        self, outputs: Sequence[Tensor], sums: Tensor | None, call: AttentionCall, sample: int
+    ) -> tuple[list[int], float]:
+        """Decide what to do about a sparse call that has run; all ranks decide alike.
+
+        Args:
+            outputs: ``[B, N, H, D]`` each, of the call, as far as this rank has it.
+            sums: of the call's `rows`, see `probe_sums`, as far as this rank has them; None if it
+                is not probed.
+            call: which call this is.
+            sample: of the batch, where samples run one by one.
+
+        Returns:
+            Which of this rank's heads are to be computed densely, and the share of all ranks'
+            heads that are.
+        """
         known = self._known.setdefault(self._key(call, sample), _Known())
-        sums = None
-        short = is_short(output)
-        probed = self.options.probes(call.layer, known.calls, seldom=short)
-        if short and not probed and not known.dense and not self._waits:
-            total = output.sum(dtype=torch.float32)
+        known.calls += 1
+        total = torch.stack([output.sum(dtype=torch.float32) for output in outputs]).sum()
+        waits = known.dense or self._waits or not is_short(call.layout, total.device)
+        if sums is None and not waits:
             self._late = total if self._late is None else self._late + total
             self._late_layers.append(call.layer)
-            known.calls += 1
-            return output, 0.0
-        if probed:
-            rows = probe_rows(call.layout, self.options.rows, known.calls, output.device)
-            sums = probe_sums(*qkv, output, rows, scale)
-        known.calls += 1
-        errors, finite = self._read(sums, output)
-        not_finite = () if finite else self._not_finite_heads(output)
-        heads = output.shape[2] * compat.ulysses_share(self._parallel)[1]
-        tripped, repair = self._decide(known, errors, not_finite, heads)
+            return [], 0.0
+        errors, finite = self._read(sums, total)
+        not_finite = () if finite else self._not_finite_heads(outputs)
+        count = outputs[0].shape[2]
+        share, shares = compat.ulysses_share(self._parallel)
+        tripped, repair = self._decide(known, errors, not_finite, count * shares)
         if errors or not_finite or repair:
-            self.records.append(
-                GuardRecord(
-                    call.step,
-                    call.layer,
-                    call.branch,
-                    errors,
-                    not_finite,
-                    tripped,
-                    tuple(sorted(repair)),
-                )
-            )
+            dense = tuple(sorted(repair))
+            where = call.step, call.layer, call.branch
+            self.records.append(GuardRecord(*where, errors, not_finite, tripped, dense))
         if tripped or not_finite:
             self._tell(self.records[-1])
             if self.options.action == "step" and tripped:
                 self._dense_from = (call.step,)
-        return self._repaired(qkv, output, repair, dense), len(repair) / heads
+        own = [head - share * count for head in sorted(repair) if head // count == share]
+        return own, len(repair) / (count * shares)
 
     def check_finite(
         self, output: Output, call: AttentionCall, again: Callable[[], Output]
@@ -197,7 +228,7 @@ class Guard:
         attended, _ = output
         if is_finite(attended):
             return output
-        heads = self._not_finite_heads(attended)
+        heads = self._not_finite_heads((attended,))
         self.records.append(
             GuardRecord(call.step, call.layer, call.branch, (), heads, heads, heads)
         )
@@ -229,45 +260,27 @@ class Guard:
         known.whole = 2 * len(known.dense) > heads
         return tripped, known.dense
 
-    def _repaired(
-        self,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        output: Tensor,
-        repair: frozenset[int],
-        dense: Dense,
-    ) -> Tensor:
-        """Return the output with these heads, of those that this rank has, computed densely."""
-        count = output.shape[2]
-        first = count * compat.ulysses_share(self._parallel)[0]
-        own = [head - first for head in sorted(repair) if first <= head < first + count]
-        if not own:
-            return output
-        if len(own) == count:
-            return dense(*qkv)
-        index = torch.tensor(own, device=output.device)
-        query, key, value = (x.index_select(2, index) for x in qkv)
-        return output.index_copy(2, index, dense(query, key, value).to(output.dtype))
-
     # ------------------------------------------------------------------------- what was found
 
-    def _read(self, sums: Tensor | None, output: Tensor) -> tuple[tuple[float, ...], bool]:
-        """Return the error of each head, of all ranks, and whether the output may be finite.
+    def _read(self, sums: Tensor | None, total: Tensor) -> tuple[tuple[float, ...], bool]:
+        """Return the error of each head, of all ranks, and whether the outputs may be finite.
 
-        A sum is not finite if one of its terms isn't; the reverse is looked into where it happens.
+        Their ``total`` is not finite if one value isn't; the reverse is looked into where it
+        happens.
         """
-        total = output.sum(dtype=torch.float32)
         if sums is None:
             return (), math.isfinite(compat.sum_over_sequence(self._parallel, total).item())
         shared = torch.cat([self._by_head(sums).flatten(), total[None]])
         values = compat.sum_over_sequence(self._parallel, shared).cpu()
-        wrong, size = values[:-1].view(2, len(output), -1)
+        wrong, size = values[:-1].view(2, sums.shape[1], -1)
         errors = (wrong / size).sqrt().where(wrong > 0, wrong)  # 0 / 0 is no error, NaN stays
         errors = errors.where(errors.isfinite(), math.inf).amax(0)
         return tuple(errors.tolist()), math.isfinite(values[-1].item())
 
-    def _not_finite_heads(self, output: Tensor) -> tuple[int, ...]:
-        found = (~output.isfinite()).any(3).any(1).sum(0).float()
-        shared = compat.sum_over_sequence(self._parallel, self._by_head(found))
+    def _not_finite_heads(self, outputs: Sequence[Tensor]) -> tuple[int, ...]:
+        found = torch.stack([(~output.isfinite()).any(3).any(1).sum(0) for output in outputs])
+        by_head = self._by_head(found.sum(0).float())
+        shared = compat.sum_over_sequence(self._parallel, by_head)
         return tuple(shared.nonzero().flatten().tolist())
 
     def _by_head(self, values: Tensor) -> Tensor:
@@ -328,9 +341,9 @@ def make_guard(choice: GuardChoice, attends: bool) -> Guard | None:
     return None
 
 
-def is_short(output: Tensor) -> bool:
+def is_short(layout: TokenLayout, device: torch.device) -> bool:
     """Return whether waiting for a call costs more than the call is worth."""
-    return output.is_cuda and output.shape[1] < SHORT
+    return device.type == "cuda" and layout.num_tokens < SHORT
 
 
 def is_finite(output: Tensor) -> bool:
@@ -363,6 +376,28 @@ def probe_sums(
     Dense attention is torch's, in the tensors' own dtype.
     """
     q, k, v = (x.transpose(1, 2) for x in (query[:, rows], key, value))
-    dense = F.scaled_dot_product_attention(q, k, v, scale=scale).float()
-    wrong = output[:, rows].transpose(1, 2).float() - dense
-    return torch.stack([wrong.square().sum((2, 3)), dense.square().sum((2, 3))])
+    dense = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return sums_of_squares(output[:, rows], dense.transpose(1, 2))
+
+
+def sums_of_squares(output: Tensor, dense: Tensor) -> Tensor:
+    """Return |output - dense|^2 and |dense|^2 of ``[B, R, H, D]`` as float32 ``[2, B, H]``."""
+    dense = dense.float()
+    wrong = output.float() - dense
+    return torch.stack([wrong.square().sum((1, 3)), dense.square().sum((1, 3))])
+
+
+def repaired(output: Tensor, heads: Sequence[int], dense: Callable[[Heads], Tensor]) -> Tensor:
+    """Return an output ``[B, N, H, D]`` with some heads replaced.
+
+    Args:
+        output: what to repair.
+        heads: which heads, ascending.
+        dense: ``dense(heads)``: dense attention of these heads, ``[B, N, their number, D]``.
+    """
+    if not heads:
+        return output
+    if len(heads) == output.shape[2]:
+        return dense(slice(None))
+    index = torch.tensor(heads, device=output.device)
+    return output.index_copy(2, index, dense(index).to(output.dtype))

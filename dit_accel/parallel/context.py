@@ -12,12 +12,14 @@ from torch import Tensor
 from dit_accel.call import AttentionCall
 from dit_accel.errors import ContextParallelError
 from dit_accel.grid import TokenOrder
+from dit_accel.guard.engine import Guard
 from dit_accel.kernels.statistics import BlockStatistics
 from dit_accel.kernels.tiles import tile_lengths
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.methods.selecting import SelectingMethod
 from dit_accel.operators import Operator, SparsePlan, choose_operator
 from dit_accel.parallel.groups import SequenceGroup
+from dit_accel.parallel.guarded import guarded
 from dit_accel.parallel.ring import RingCall
 from dit_accel.parallel.shares import Shares, deal, imbalance
 from dit_accel.parallel.split import QKV, Split, Streams
@@ -128,6 +130,7 @@ class ContextParallel:
         running: RunningForward,
         reason: str | None,
         scale: float | None,
+        guard: Guard | None,
     ) -> Streams:
         """Attend in a ring, and record it.
 
@@ -138,6 +141,7 @@ class ContextParallel:
             running: the forward that it is part of.
             reason: why it is dense; None if it isn't.
             scale: of the logits.
+            guard: that watches sparse calls, if one does.
         """
         call = replace(call, layout=replace(call.layout, text_first=False))
         method, chosen = running.method, list[Operator]()
@@ -156,10 +160,15 @@ class ContextParallel:
                 return self.planner.plan(*qkv, call, running, known)
 
             plan = ring.plan((q, k, v), text, make)
-        out = ring.attend(plan, query, key, value)
+        share = 0.0
+        if guard is None or isinstance(plan, DensePlan):
+            image, out_text, _ = ring.attend(plan, query, key, value)
+        else:
+            (image, out_text), share = guarded(guard, ring, plan, query, key, value, running.sample)
         name = chosen[0].name if chosen else "dense"
         self.record(call, plan, name, query[0], reason or getattr(plan, "reason", ""))
-        return out
+        self.recorder.repaired(share)
+        return image, out_text
 
     def _choose(self, chosen: list[Operator], plan: SparsePlan, query: Tensor) -> Operator:
         choice = choose_operator(self.backend, self.operators, plan, query)

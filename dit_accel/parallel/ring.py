@@ -18,6 +18,7 @@ from torch import Tensor
 from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.errors import ContextParallelError
 from dit_accel.grid import RASTER
+from dit_accel.guard.engine import Heads
 from dit_accel.kernels.merge import merge_with_lse
 from dit_accel.kernels.statistics import block_statistics
 from dit_accel.methods.base import AttentionMethod, StaticMethod
@@ -94,25 +95,49 @@ class RingCall:
                 query, key = (torch.cat([x, text_key], 1) for x in (query, key))
         return make((query, key, value), statistics)
 
-    def attend(self, plan: AttentionPlan, q: Streams, k: Streams, v: Streams) -> Streams:
-        """Return the output of this part's queries, padding included."""
+    def attend(
+        self, plan: AttentionPlan, q: Streams, k: Streams, v: Streams, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Attend with this part's queries, padding included.
+
+        Args:
+            plan: for the whole sequence.
+            q: this part's streams; ``k`` and ``v`` likewise.
+            rows: int64 ``[R]``, image queries that are to attend densely as well.
+
+        Returns:
+            The outputs of the image and of the text stream, and dense attention of ``rows``,
+            ``[B, R, H, D]``.
+        """
         text_key, text_value = self.text(k[1]), self.text(v[1])
-        ring, image, text = self.split.group.ring, _Merged(), _Merged()
+        ring, image = self.split.group.ring, _Merged()
+        text, probed = _Dense(q[1]), _Dense(None if rows is None else q[0][:, rows])
         if text_key is not None and text_value is not None:
             image.add(*dense_with_lse(q[0], text_key, text_value, self.scale))
-            if q[1] is not None:
-                text.add(*dense_with_lse(q[1], text_key, text_value, self.scale))
+            for dense in (text, probed):
+                dense.meet(text_key, text_value, self.scale)
         for part, key, value in rotate(ring, k[0], v[0]):
             count = self.split.shares.count(part)
-            if q[1] is not None:
-                text.add(*dense_with_lse(q[1], key[:, :count], value[:, :count], self.scale))
+            for dense in (text, probed):
+                dense.meet(key[:, :count], value[:, :count], self.scale)
             found = self._meet(plan, part, q[0], key, value)
             if found is not None:
                 image.add(*found, last=part == (ring.rank + 1) % ring.size)
         out = image.result(q[0])
         if isinstance(plan, JointPlan):
             out = self._finished(plan, out).to(q[0].dtype)
-        return out, None if q[1] is None else text.result(q[1])
+        return out, text.result(), probed.result()
+
+    def attend_densely(self, q: Streams, k: Streams, v: Streams, heads: Heads) -> Tensor:
+        """Return dense attention of some heads of this part's image queries, padding included.
+
+        It is a rotation of its own. All parts call it with the same heads, of `attend`'s streams.
+        """
+        (query, _), key, value = (
+            (image[:, :, heads], None if text is None else text[:, :, heads])
+            for image, text in (q, k, v)
+        )
+        return self.attend(DensePlan(""), (query, None), key, value)[0]
 
     def text(self, tokens: Tensor | None) -> Tensor | None:
         """Return the text tokens of all parts, without padding."""
@@ -276,3 +301,19 @@ class _Merged:
     def result(self, like: Tensor) -> Tensor:
         """Return what was attended, 0 where there was nothing, in the dtype of the queries."""
         return torch.zeros_like(like) if self.output is None else self.output.to(like.dtype)
+
+
+class _Dense:
+    """Dense attention of some queries, if there are any, to keys that come one set by one."""
+
+    def __init__(self, query: Tensor | None) -> None:
+        self.query, self.merged = query, _Merged()
+
+    def meet(self, key: Tensor, value: Tensor, scale: float | None) -> None:
+        """Attend to further keys, ``[B, N, H, D]``."""
+        if self.query is not None:
+            self.merged.add(*dense_with_lse(self.query, key, value, scale))
+
+    def result(self) -> Tensor | None:
+        """Return what was attended, in the dtype of the queries; None without queries."""
+        return None if self.query is None else self.merged.result(self.query)

@@ -42,6 +42,21 @@ class Shares:
         """Return which blocks of ``size`` tokens, in the method's order, a part has."""
         return self.places[part][::size] // size
 
+    def rows(self, part: int, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows in which a part holds what is at some places of the method's order.
+
+        Args:
+            part: which part.
+            places: int64 ``[R]``.
+
+        Returns:
+            int64 ``[R]``, and bool ``[R]``: whether the part holds it. Where it doesn't, the row is
+            another of the part's, so that nothing waits for the device to count rows.
+        """
+        held = self.places[part]
+        rows = torch.searchsorted(held, places).clamp(max=len(held) - 1)
+        return rows, held[rows] == places
+
 
 def deal(
     permutation: Tensor,

@@ -59,6 +59,12 @@ class Split:
         count = self.shares.count(self.group.ring.rank) + self.tail
         return min(max(count - before, 0), self.image_rows)
 
+    @property
+    def part_text_rows(self) -> int:
+        """Text tokens that this ring part holds, without padding."""
+        each = self.text_rows * self.group.ulysses.size
+        return min(max(self.text_length - self.group.ring.rank * each, 0), each)
+
     def first_head(self, query: Tensor) -> int:
         """Return which head of the model this rank's first one is, of ``[B, N, h, D]``."""
         return self.group.ulysses.rank * query.shape[2]

@@ -232,7 +232,7 @@ def test_short_calls_of_a_gpu_are_told_late_and_then_waited_for(monkeypatch):
         return output, lse
 
     monkeypatch.setattr(TorchOperator, "run", run)
-    monkeypatch.setattr(engine, "is_short", lambda _output: True)
+    monkeypatch.setattr(engine, "is_short", lambda *_: True)
     calls = Calls(**GNA)
     calls.forward([near()], 0)
     broken.append(True)
