@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from dit_accel.guard.records import GuardReport
 from dit_accel.plan import DensePlan
 from dit_accel.report import AccelerationReport, CallRecord
 
@@ -60,10 +61,29 @@ def merged(reports: Sequence[AccelerationReport]) -> AccelerationReport:
         steps=all_of(lambda report: report.steps),
         perturbed=all_of(lambda report: report.perturbed),
         policy=all_of(lambda report: report.policy),
+        guard=_one_guard([report.guard for report in reports if report.guard is not None]),
         cache_bytes=max(report.cache_bytes for report in reports),
         forward_s=dict(times),
         rejected=rejected,
         notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
+    )
+
+
+def _one_guard(reports: Sequence[GuardReport]) -> GuardReport | None:
+    """Put together what the guards of ranks found; those that share a sequence found the same."""
+    if not reports:
+        return None
+    by_call = _by_call(
+        [report.records for report in reports],
+        lambda record: (record.step, record.layer, record.branch),
+    )
+    layers = {where for report in reports for where in report.dense_layers}
+    first = [report.dense_from for report in reports if report.dense_from is not None]
+    return replace(
+        reports[0],
+        records=tuple(found[0] for found in by_call),
+        dense_layers=tuple(sorted(layers)),
+        dense_from=min(first, default=None),
     )
 
 
