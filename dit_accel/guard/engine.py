@@ -196,7 +196,8 @@ class Guard:
         """
         known = self._known.setdefault(self._key(call, sample), _Known())
         known.calls += 1
-        total = torch.stack([output.sum(dtype=torch.float32) for output in outputs]).sum()
+        first, *others = (output.sum(dtype=torch.float32) for output in outputs)
+        total = sum(others, first)
         waits = known.dense or self._waits or not is_short(call.layout, total.device)
         if sums is None and not waits:
             self._late = total if self._late is None else self._late + total

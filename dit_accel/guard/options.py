@@ -27,6 +27,8 @@ class QualityGuard:
     values that are not finite between two probes are only told, at the end of the step
     (``every=1`` looks at all). The first trip of a generation raises a `QualityWarning`.
 
+    Ranks that share a sequence, by Ulysses or in a ring, decide alike for all heads.
+
     Rows are chosen without random numbers, and all is forgotten between generations, so the same
     seed gives the same output again. On a GPU each call that is looked at waits for one small
     vector.

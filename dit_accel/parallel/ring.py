@@ -3,7 +3,8 @@
 A part sends its keys and values to the next part while it attends to them, so that after as many
 steps as there are parts every query has met every key. A sparse plan is split by these ranges of
 keys: each step has the lists of its own queries and the keys at hand. Text is little: its keys are
-gathered once, and a part's text queries attend densely to what comes by.
+gathered once, and a part's text queries attend densely to what comes by. So do the rows that the
+quality guard probes.
 """
 
 from __future__ import annotations

@@ -8,6 +8,11 @@ from typing import Any
 import pytest
 from ranks import run_ranks
 
+from dit_accel import QualityGuard
+from dit_accel.parallel.reports import merged
+
+from .conftest import Calls, near, needle
+
 GNA = {"window": (1.0, 0.4, 0.4), "block_size": 16, "dense_steps": 0, "min_tokens": 0}
 
 
@@ -23,7 +28,7 @@ def _generate() -> dict[str, Any]:
     from diffusers import ContextParallelConfig
     from tiny_pipelines import TINY_PIPELINES, run_tiny
 
-    from dit_accel import QualityGuard, accelerate_pipeline, acceleration_report
+    from dit_accel import accelerate_pipeline, acceleration_report
 
     warnings.simplefilter("ignore")
     build, arguments = TINY_PIPELINES["wan"]
@@ -58,3 +63,22 @@ def test_two_ranks_decide_alike_for_all_heads():
         assert result["error"] < 1e-5
     tripped = [row[2] for row in found[0]["expected"] if isinstance(row[2], tuple)]
     assert (0,) in tripped or (1,) in tripped, "a head of one rank alone"
+
+
+def test_a_merged_report_holds_what_the_guards_of_both_passes_found():
+    """Under CFG parallelism both ranks ran the first step, and then each a pass of its own."""
+    reports = []
+    for branch, call in (("cond", needle((1,))), ("uncond", needle((0, 1, 2)))):
+        calls = Calls(window=(3, 3, 3), block_size=16, guard=QualityGuard(every=1))
+        for first in ("cond", "uncond"):
+            calls.forward([near()], 0, first)
+        for step in (1, 2):
+            calls.forward([call], step, branch)
+        reports.append(calls.report)
+    report = merged(reports)
+    assert [(r.branch, r.step, r.dense) for r in report.guard.records] == [
+        ("cond", 0, ()), ("uncond", 0, ()), ("cond", 1, (1,)), ("cond", 2, (1,)),
+        ("uncond", 1, (0, 1, 2)),
+    ]  # fmt: skip
+    assert report.guard.dense_layers == ((0, "uncond"),)
+    assert report.guard.repairs == round(sum(call.repaired for call in report.calls) * 4)

@@ -21,7 +21,7 @@ from dit_accel import (
 from dit_accel.parallel.reports import report_of_ranks
 
 EVERYWHERE: dict[str, Any] = {"dense_steps": 0, "dense_layers": 0, "min_tokens": 0, "guard": False}
-"""The guard would repair most of what random weights do, and does not look at a ring."""
+"""The guard would repair most of what random weights do."""
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
     "radial": {"block_size": 16, "thin_below": 8, "decay": 0.1},
