@@ -49,6 +49,7 @@ class AttentionCall:
         branch: "cond", "uncond", "cond_uncond" (both in one batch) or a pipeline's own name.
         first_head: which of the layer's heads the first one of the call's is; not 0 where several
             GPUs share the heads.
+        head_ranks: how many GPUs share the layer's heads; each has as many.
     """
 
     layout: TokenLayout
@@ -58,6 +59,7 @@ class AttentionCall:
     num_steps: int | None = None
     branch: str = "cond"
     first_head: int = 0
+    head_ranks: int = 1
 
 
 def text_last(tokens: Tensor, layout: TokenLayout) -> Tensor:

@@ -247,8 +247,8 @@ class Runtime:
     ) -> AttentionCall:
         index, moment = 0 if layer is None else int(layer), running.moment
         steps = moment.step, moment.num_steps, moment.branch
-        first = 0 if running.split is None else running.split.first_head(query)
-        return AttentionCall(layout, index, running.num_layers, *steps, first)
+        heads = () if running.split is None else running.split.heads(query)
+        return AttentionCall(layout, index, running.num_layers, *steps, *heads)
 
     def _whole(
         self,

@@ -75,6 +75,13 @@ def unparallelize_pipeline(pipe: Any) -> Any:
     return pipe
 
 
+def is_spread(pipe: Any) -> bool:
+    """Return whether several ranks share the generations of a pipeline, by us or by diffusers."""
+    transformers = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    shared = any(compat.parallel_config(transformer) is not None for transformer in transformers)
+    return shared or _ATTRIBUTE in vars(pipe)
+
+
 class _ParallelPipeline:
     """What was done to one pipeline, and how to undo it."""
 

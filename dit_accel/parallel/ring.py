@@ -77,7 +77,7 @@ class RingCall:
             static = isinstance(method, StaticMethod) or method.name == "dense"
             if not static:
                 raise ContextParallelError(
-                    f"method {method.name!r} plans by tokens in a way of its own, which a ring "
+                    f"method {method.name!r} plans in a way of its own, which a ring "
                     "can't follow: choose ulysses=... instead of ring=...."
                 )
             return make(qkv, None)

@@ -69,6 +69,10 @@ class Split:
         """Return which head of the model this rank's first one is, of ``[B, N, h, D]``."""
         return self.group.ulysses.rank * query.shape[2]
 
+    def heads(self, query: Tensor) -> tuple[int, int]:
+        """Return this rank's first head, and how many ranks share the heads."""
+        return self.first_head(query), self.group.ulysses.size
+
     def attend(
         self, qkv: QKV, whole: Callable[[QKV], Tensor], ring: Callable[..., Streams]
     ) -> Tensor:

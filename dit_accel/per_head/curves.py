@@ -17,6 +17,7 @@ from dit_accel.errors import DensityUnreachableError, OptionError
 from dit_accel.grid import Grid, TokenOrder
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.operators import Operator, choose_operator, make_operators
+from dit_accel.parallel.pipeline import is_spread
 from dit_accel.per_head.method import at_level
 from dit_accel.plan import AttentionPlan, DensePlan
 
@@ -76,8 +77,13 @@ def measure_curves(pipe: Any, method: AttentionMethod, calls: Sequence[PipelineC
         calls: keyword arguments of ``pipe(...)``; see `dit_accel.calibration`.
 
     Raises:
-        OptionError: if attention of one size can't be seen.
+        OptionError: if attention of one size can't be seen, or only a part of it on each rank.
     """
+    if is_spread(pipe):
+        raise OptionError(
+            "per_head measures whole calls, of which each rank has a part: measure on one GPU, "
+            "before parallelize_pipeline, or give the file of what was measured there."
+        )
     meter = _Meter(method)
     try:
         accelerate_pipeline(pipe, meter, dense_steps=0, dense_layers=0, min_tokens=0)

@@ -34,6 +34,8 @@ class PerHead(AttentionMethod):
 
     The plan is one for all heads: a static method's block lists differ from head to head, and a
     selecting method chooses by itself for the heads of each density. All blocks have one order.
+    Where ranks share a layer's heads, each plans its own; whether the layer is dense they decide
+    alike, from all of its heads.
 
     Attributes:
         base: the method, as it was before it had a density.
@@ -52,6 +54,10 @@ class PerHead(AttentionMethod):
         object.__setattr__(self, "name", f"{self.base.name}, per head")
         object.__setattr__(self, "densities", tuple(map(tuple, self.densities)))
         check_base(self.base)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the plans behind where ranks send reports: their masks can't be pickled."""
+        return PerHead, (self.base, self.density, self.densities)
 
     @property
     def pools(self) -> bool:
@@ -75,21 +81,22 @@ class PerHead(AttentionMethod):
         Raises:
             OptionError: if the densities are for other layers or heads than the model has.
         """
-        heads = query.shape[2]
+        count = query.shape[2]
+        heads = count * call.head_ranks
         if call.num_layers != len(self.densities) or heads != len(self.densities[call.layer]):
             raise OptionError(
                 f"densities per head are for {len(self.densities)} layers of "
-                f"{len(self.densities[0])} heads, but here {heads} heads of a layer of "
-                f"{call.num_layers} are together: measure them on this model, and without context "
-                "parallelism."
+                f"{len(self.densities[0])} heads, but here are {call.num_layers} layers of "
+                f"{heads}: measure them on this model."
             )
-        row = self.densities[call.layer]
+        layer = self.densities[call.layer]
+        own = slice(call.first_head, call.first_head + count)
         if isinstance(self.base, SelectingMethod):
             at_mean = at_level(self.base, self.density, call.layout)
-            return self._selected(at_mean, row, call.layout, (query, key, value), order)
-        where = row, call.layout, order, query.device
+            return self._selected(at_mean, layer, own, call.layout, (query, key, value), order)
+        where = layer, layer[own], call.layout, order, query.device
         if where not in self._plans:
-            self._plans[where] = self._listed(row, call.layout, order, query.device)
+            self._plans[where] = self._listed(layer, own, call.layout, order, query.device)
         return self._plans[where]
 
     @cached_property
@@ -98,8 +105,18 @@ class PerHead(AttentionMethod):
         return {}
 
     def _listed(
-        self, row: tuple[float, ...], layout: TokenLayout, order: TokenOrder, device: torch.device
+        self,
+        layer: tuple[float, ...],
+        own: slice,
+        layout: TokenLayout,
+        order: TokenOrder,
+        device: torch.device,
     ) -> AttentionPlan:
+        whole = [method.tile_states(layout, order, device)
+                 for _, _, method in self._levels(layer, layout)]  # fmt: skip
+        if all(bool((states == FULL).all()) for states in whole):
+            return DensePlan(f"{self.name} keeps every pair on grid {layout.grid}", order)
+        row = layer[own]
         levels = [method for _, _, method in self._levels(row, layout)]
         states = torch.empty(0)
         for i, (_, heads, method) in enumerate(self._levels(row, layout)):
@@ -107,8 +124,6 @@ class PerHead(AttentionMethod):
             if i == 0:
                 states = mine.new_empty((1, len(row), *mine.shape))
             states[:, heads] = mine
-        if bool((states == FULL).all()):
-            return DensePlan(f"{self.name} keeps every pair on grid {layout.grid}", order)
         size = levels[0].block_size
         if levels[0].remainder == "pooled":
             kept = (states != EMPTY).to(torch.int8)
@@ -140,14 +155,16 @@ class PerHead(AttentionMethod):
     def _selected(
         self,
         base: SelectingMethod,
-        row: tuple[float, ...],
+        layer: tuple[float, ...],
+        own: slice,
         layout: TokenLayout,
         qkv: tuple[Tensor, Tensor, Tensor],
         order: TokenOrder,
     ) -> AttentionPlan:
         reason = base.dense_reason(layout)
-        if reason is not None or min(row) == 1:
+        if reason is not None or min(layer) == 1:
             return DensePlan(reason or "every head of the layer is dense", order)
+        row = layer[own]
         statistics = base.statistics(*qkv, layout)
         selection: Tensor | None = None
         for _, heads, method in self._levels(row, layout):
