@@ -5,7 +5,9 @@
 Random weights in the real configuration, batch 1. Times are taken of two depths: their difference
 gives the time per block, and what is left the time of everything else; ``forward_s`` puts forty
 blocks together. A split over fewer ranks than were started runs on all of them, as copies; the
-slowest rank counts. With ``cfg`` a step is two forwards, so it is compared with two.
+slowest rank counts. With ``cfg`` a step is two forwards, so it is compared with two. The quality
+guard is off; "gna watched" probes every call of each forward (four times as many as it does in a
+generation) and repairs nothing, "gna repaired" also computes every head densely.
 
 One row a task, written at once by rank 0; a later run goes on where the file ends. `--tiny` tries
 everything out on CPUs.
@@ -28,7 +30,7 @@ import torch.distributed as dist
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
-from dit_accel import acceleration_report, compat, restore_pipeline
+from dit_accel import QualityGuard, acceleration_report, compat, restore_pipeline
 from dit_accel.bench.architectures import load_architecture
 from dit_accel.bench.breakdown import attention_range, breakdown
 from dit_accel.bench.measuring import Row, free_memory, guarded, manifest
@@ -44,6 +46,8 @@ from dit_accel.tracking import Moment
 SIZES = {"720p x 81": (21, 90, 160), "720p x 321": (81, 90, 160), "tiny": (5, 14, 18)}
 """Latents: frames, height, width."""
 METHODS = ("radial", "gna", "pisa", "dense")
+BUDGETS = {"watched": 1e9, "repaired": 1e-9}
+"""What the guard lets pass in ``gna watched`` and ``gna repaired``."""
 TINY = {
     "num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 128, "text_dim": 32,
     "freq_dim": 32,
@@ -168,8 +172,15 @@ class ScalingBench:
     def _step(self, layout: Layout, mesh: Any, inputs: Row) -> tuple[Callable[[], Tensor], int]:
         """Return what a step is: one forward, or with ``cfg`` both passes on ranks of their own."""
         transformer = self.pipe.transformer
+        guard = self.pipe._dit_accel.runtime.guard
+
+        def forward() -> Tensor:
+            if guard is not None:
+                guard.begin()  # so that every forward is a generation's first
+            return transformer(**inputs)[0]
+
         if layout.cfg == 1:
-            return lambda: transformer(**inputs)[0], 1
+            return forward, 1
         pairs = self._mesh(2, layout.ring * layout.ulysses)["ring"]
         axis = Axis(2, pairs.get_local_rank(), pairs.get_group())
         tracker = _Passes()
@@ -229,12 +240,13 @@ class ScalingBench:
             return {}
         restore_pipeline(self.pipe)
         options: Row = {"dense_steps": 0, "dense_layers": 0, "min_tokens": 0}
-        if task["method"] != "dense":
+        method, *guard = task["method"].split()
+        if method != "dense":
             options["density"] = self.args.density
             options |= {"block_size": 16} if self.args.tiny else {}
-        row = accelerate_at(
-            self.pipe, task["method"], lambda: self.pipe.transformer(**inputs), **options
-        )
+        if guard:
+            options["guard"] = QualityGuard(max_error=BUDGETS[guard[0]])
+        row = accelerate_at(self.pipe, method, lambda: self.pipe.transformer(**inputs), **options)
         self._attached = key
         return row
 
@@ -343,7 +355,8 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["720p x 81"], choices=SIZES)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS),
+                        choices=[*METHODS, *(f"gna {guard}" for guard in BUDGETS)])  # fmt: skip
     parser.add_argument("--splits", nargs="+", help="e.g. one ulysses=2 ring=2,ulysses=2")
     parser.add_argument("--density", type=float, default=0.25)
     parser.add_argument("--layers", type=int, nargs=2, default=[1, 4], help="two depths")
