@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eager 2": {"eager": 2},
     "eager 2, other turns": {"eager": 2, "other_turns": True},
     "fp8": {},
+    "fp8, persistent": {"persistent": True},
     "fp8, eager 1": {"eager": 1},
     "fp8, eager 2": {"eager": 2},
     # Loops of `hopper_trial.py`.

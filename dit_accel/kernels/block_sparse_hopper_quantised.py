@@ -54,22 +54,47 @@ _SIZES = (
 
 
 @gluon.jit
-def _copy(descriptors, shared, lists, sizes, length, D: gl.constexpr, STAGES: gl.constexpr):
-    """The copying warp: queries and a first key tile; then each key tile with a value tile."""
+def _copy(
+    descriptors, shared, lists, sizes, length, D: gl.constexpr, STAGES: gl.constexpr,
+    PERSISTENT: gl.constexpr,
+):  # fmt: skip
+    """The copying warp. A persistent program's runs ahead: queries have two places, too."""
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
+    q_stage = gl.to_tensor(0)
+    q_phase = gl.to_tensor(1)
+    if PERSISTENT:
+        for program in range(gl.program_id(0), sizes[5], gl.num_programs(0)):
+            mbarrier.wait(shared[6].index(q_stage), q_phase)
+            stage, phase = _copy_tiles(
+                program, descriptors, shared, lists, sizes, length, q_stage, stage, phase, D, STAGES
+            )
+            q_stage, q_phase = _advance(q_stage, q_phase, 2)
+    else:
+        _copy_tiles(
+            gl.program_id(0), descriptors, shared, lists, sizes, length, 0, stage, phase, D, STAGES
+        )
+
+
+@gluon.jit
+def _copy_tiles(
+    program, descriptors, shared, lists, sizes, length, q_stage, stage, phase,
+    D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Queries and a first key tile; then each key tile with a value tile."""
     q_desc, k_desc, v_desc = descriptors
-    q_smem, k_smem, v_smem, q_ready, ready, empty = shared
+    q_smem, k_smem, v_smem, q_ready, ready, empty = shared[:6]
     tile_bytes: gl.constexpr = TILE * D
-    work = program_work(gl.program_id(0), lists, sizes)
+    work = program_work(program, lists, sizes)
     b, h, first, steps = work[0], work[1], work[2], work[9]
     head = b * sizes[0] + h
     base = head * length
-    mbarrier.expect(q_ready, tile_bytes)
+    mbarrier.expect(q_ready.index(q_stage), tile_bytes)
     for me in gl.static_range(2):
         tma.async_copy_global_to_shared(
-            q_desc, [base + first + me * ROWS, 0], q_ready, q_smem.index(me)
-        )
-    stage = gl.to_tensor(0)
-    phase = gl.to_tensor(1)
+            q_desc, [base + first + me * ROWS, 0], q_ready.index(q_stage),
+            q_smem.index(2 * q_stage + me),
+        )  # fmt: skip
     n = key_row(gl.to_tensor(0), work, lists, sizes)
     # The list is read one step ahead: a copy would wait for its entry.
     ahead = key_row(gl.to_tensor(1), work, lists, sizes)
@@ -96,6 +121,7 @@ def _copy(descriptors, shared, lists, sizes, length, D: gl.constexpr, STAGES: gl
                 v_desc, [head * D, v_n], ready.index(stage), v_smem.index(stage)
             )
             stage, phase = _advance(stage, phase, STAGES)
+    return stage, phase
 
 
 @gluon.jit
@@ -192,10 +218,11 @@ def _step(
 
 @gluon.jit
 def _store(
-    acc, total, peak, me: gl.constexpr, outputs, channels, work, sizes, starts,
-    D: gl.constexpr, o_layout: gl.constexpr, WITH_LSE: gl.constexpr,
+    state, me: gl.constexpr, outputs, channels, work, sizes, starts, D: gl.constexpr,
+    WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """Rows that saw no key have total 0: output 0 and log-sum -inf."""
+    acc, total, peak = state
     out_ptr, lse_ptr = outputs
     v_scale, v_mean = channels
     b, h, first, end, is_text = work[0], work[1], work[2], work[3], work[4]
@@ -203,8 +230,9 @@ def _store(
         sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
     )  # fmt: skip
     out_video, out_text = starts
+    o_layout: gl.constexpr = acc.type.layout
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    total = gl.convert_layout(total, o_rows)
+    total = gl.convert_layout(gl.sum(total, 1), o_rows)
     is_seen = total > 0
     seen = gl.where(is_seen, total, 1.0)
     columns = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
@@ -228,36 +256,71 @@ def _store(
 @gluon.jit
 def _attend(
     me: gl.constexpr, outputs, channels, factors, shared, lists, sizes, starts, length,
-    D: gl.constexpr, STAGES: gl.constexpr, EAGER: gl.constexpr, WITH_LSE: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, EAGER: gl.constexpr, PERSISTENT: gl.constexpr,
+    WITH_LSE: gl.constexpr,
 ):  # fmt: skip
-    """One group of warps: products and softmax of ``ROWS`` query rows.
+    """One group of warps: products and softmax of ``ROWS`` query rows of each tile."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32])
+    stage = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    q_stage = gl.to_tensor(0)
+    q_phase = gl.to_tensor(0)
+    work = program_work(gl.program_id(0), lists, sizes)
+    q_factor = _row_factors(me, work, sizes, factors, length, s_layout)
+    if PERSISTENT:
+        for program in range(gl.program_id(0), sizes[5], gl.num_programs(0)):
+            state, stage, phase = _attend_tile(
+                me, q_stage, q_phase, stage, phase, work, q_factor, factors, shared, lists, sizes,
+                length, s_layout, D, STAGES, EAGER, True,
+            )  # fmt: skip
+            # What the next tile needs is loaded before this one is stored.
+            following = gl.minimum(program + gl.num_programs(0), sizes[5] - 1)
+            next_work = program_work(following, lists, sizes)
+            q_factor = _row_factors(me, next_work, sizes, factors, length, s_layout)
+            _store(state, me, outputs, channels, work, sizes, starts, D, WITH_LSE)
+            work = next_work
+            q_stage, q_phase = _advance(q_stage, q_phase, 2)
+    else:
+        state, stage, phase = _attend_tile(
+            me, 0, 0, stage, phase, work, q_factor, factors, shared, lists, sizes,
+            length, s_layout, D, STAGES, EAGER, False,
+        )  # fmt: skip
+        _store(state, me, outputs, channels, work, sizes, starts, D, WITH_LSE)
+
+
+@gluon.jit
+def _row_factors(me: gl.constexpr, work, sizes, factors, length, s_layout: gl.constexpr):
+    b, h, first = work[0], work[1], work[2]
+    head = (b * sizes[0] + h).to(gl.int64)
+    rows = first + me * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
+    return gl.load(factors[0] + head * length + rows)
+
+
+@gluon.jit
+def _attend_tile(
+    me: gl.constexpr, q_stage, q_phase, stage, phase, work, q_factor, factors, shared, lists, sizes,
+    length, s_layout: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, EAGER: gl.constexpr,
+    PERSISTENT: gl.constexpr,
+):  # fmt: skip
+    """One tile, up to its output, sums and peaks.
 
     Long, because the state of a step lives in registers, and all steps need all of it.
     """
-    q_smem, k_smem, v_smem, q_ready, ready, empty = shared
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32])
+    q_smem, k_smem, v_smem, q_ready, ready, empty, q_empty = shared
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
-    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     no_scores = gl.zeros([ROWS, TILE], gl.float32, s_layout)
     by_word: gl.constexpr = no_scores.reshape([ROWS, TILE // 32, 32]).type.layout
     # As in `block_sparse_hopper.py`.
     PER_PASS: gl.constexpr = 2 if EAGER > 1 else 1
-    q = q_smem.index(me)
-    work = program_work(gl.program_id(0), lists, sizes)
-    b, h, first, masked, steps = work[0], work[1], work[2], work[8], work[9]
-    head = (b * sizes[0] + h).to(gl.int64)
-    q_factor, key_scale = factors
-    rows = first + me * ROWS + gl.arange(0, ROWS, layout=s_rows)
-    q_factor = gl.load(q_factor + head * length + rows)
-    key_scale += head * (length // TILE)
+    q = q_smem.index(2 * q_stage + me)
+    b, h, masked, steps = work[0], work[1], work[8], work[9]
+    key_scale = factors[1] + (b * sizes[0] + h).to(gl.int64) * (length // TILE)
     acc = gl.zeros([ROWS, D], gl.float32, o_layout)
-    peak = gl.full([ROWS], _NO_PEAK, gl.float32, s_rows)
+    peak = gl.full([ROWS], _NO_PEAK, gl.float32, gl.SliceLayout(1, s_layout))
     total = _partial_sum(no_scores)
-    mbarrier.wait(q_ready, 0)
+    mbarrier.wait(q_ready.index(q_stage), q_phase)
     if steps > 0:
         # The first step, with no output product to go with it.
-        stage = gl.to_tensor(0)
-        phase = gl.to_tensor(0)
         words = mask_words(me, gl.to_tensor(0), work, lists, sizes, by_word)
         scale = gl.load(key_scale + key_row(gl.to_tensor(0), work, lists, sizes) // TILE)
         factor = q_factor * scale
@@ -298,10 +361,12 @@ def _attend(
         # The last output product.
         acc = _weigh(p, v_smem.index(stage), acc, o_layout)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-    _store(
-        acc, gl.sum(total, 1), peak, me, outputs, channels, work, sizes, starts,
-        D, o_layout, WITH_LSE,
-    )  # fmt: skip
+        if PERSISTENT:
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage, phase = _advance(stage, phase, STAGES)
+    if PERSISTENT:
+        mbarrier.arrive(q_empty.index(q_stage), count=1)
+    return (acc, total, peak), stage, phase
 
 
 @gluon.jit(do_not_specialize=_SIZES)
@@ -310,10 +375,14 @@ def _hopper_forward(
     full_count, full_index, partial_count, partial_index, partial_slot, bits,
     num_heads, num_video, num_text, text_row, length, programs,
     list_sb, list_sh, full_columns, partial_columns, out_video, out_text,
-    D: gl.constexpr, STAGES: gl.constexpr, EAGER: gl.constexpr, WITH_LSE: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, EAGER: gl.constexpr, PERSISTENT: gl.constexpr,
+    WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """Set up the buffers and barriers, and send the warps to their jobs."""
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
+    Q_STAGES: gl.constexpr = 2 if PERSISTENT else 1
+    q_smem = gl.allocate_shared_memory(
+        q_desc.dtype, [2 * Q_STAGES] + q_desc.block_type.shape, q_desc.layout
+    )
     k_smem = gl.allocate_shared_memory(
         k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout
     )
@@ -321,16 +390,20 @@ def _hopper_forward(
         v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout
     )
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_ready = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    q_ready = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], barrier)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    mbarrier.init(q_ready, count=1)
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(q_ready.index(i), count=1)
+        if PERSISTENT:
+            mbarrier.init(q_empty.index(i), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
 
-    shared = (q_smem, k_smem, v_smem, q_ready, ready, empty)
+    shared = (q_smem, k_smem, v_smem, q_ready, ready, empty, q_empty)
     lists = (full_count, full_index, partial_count, partial_index, partial_slot, bits)
     # Rows as `quantise.py` numbers them: the video starts at 0.
     sizes = (num_heads, num_video, num_text, gl.to_tensor(0), text_row, programs,
@@ -339,10 +412,13 @@ def _hopper_forward(
     gl.warp_specialize(
         [
             (_attend, (0, (out_ptr, lse_ptr), (v_scale, v_mean), (q_factor, key_scale), shared,
-                       lists, sizes, (out_video, out_text), length, D, STAGES, EAGER, WITH_LSE)),
+                       lists, sizes, (out_video, out_text), length, D, STAGES, EAGER, PERSISTENT,
+                       WITH_LSE)),
             (_attend, (1, (out_ptr, lse_ptr), (v_scale, v_mean), (q_factor, key_scale), shared,
-                       lists, sizes, (out_video, out_text), length, D, STAGES, EAGER, WITH_LSE)),
-            (_copy, ((q_desc, k_desc, v_desc), shared, lists, sizes, length, D, STAGES)),
+                       lists, sizes, (out_video, out_text), length, D, STAGES, EAGER, PERSISTENT,
+                       WITH_LSE)),
+            (_copy, ((q_desc, k_desc, v_desc), shared, lists, sizes, length, D, STAGES,
+                     PERSISTENT)),
         ],
         [4, 1],
         [_GROUP_REGISTERS, _COPY_REGISTERS],
@@ -362,6 +438,7 @@ def hopper_quantised_attention(
     return_lse: bool = False,
     stages: int = 4,
     eager: int = 0,
+    persistent: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`quantised_block_sparse_attention`, for fewer calls.
 
@@ -377,6 +454,7 @@ def hopper_quantised_attention(
         return_lse: see there.
         stages: buffers for a key and a value tile: 2 to 6, or 12 for head size 64.
         eager: see `HopperConfig`.
+        persistent: see there.
 
     Returns:
         As there.
@@ -390,7 +468,7 @@ def hopper_quantised_attention(
     out, lse = _hopper_op(
         query, key, value, lists.full_count, lists.full_index, lists.partial_count,
         lists.partial_index, lists.partial_slot, lists.bits, lists.block_size, lists.num_tokens,
-        precision, text_first, scale, stages, eager, return_lse,
+        precision, text_first, scale, stages, eager, persistent, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -401,7 +479,7 @@ def _hopper_op(
     full_count: Tensor, full_index: Tensor,
     partial_count: Tensor, partial_index: Tensor, partial_slot: Tensor, bits: Tensor,
     block_size: int, num_video: int, precision: str, text_first: bool, scale: float, stages: int,
-    eager: int, with_lse: bool,
+    eager: int, persistent: bool, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the kernels. A custom operator, so that torch.compile traces past it unbroken."""
     batch, num_tokens, heads, head_size = query.shape
@@ -417,9 +495,12 @@ def _hopper_op(
     num_text = num_tokens - num_video
     text_row = triton.cdiv(num_video, block_size) * block_size
     programs = (text_row // block_size + triton.cdiv(num_text, block_size)) * batch * heads
+    grid = programs
+    if persistent:
+        grid = min(programs, torch.cuda.get_device_properties(query.device).multi_processor_count)
     list_batch, list_heads, rows = full_count.shape
     with torch.cuda.device_of(query):
-        _hopper_forward[(programs,)](
+        _hopper_forward[(grid,)](
             descriptor(made.query, ROWS.value), descriptor(made.key, block_size),
             descriptor(made.value, head_size, block_size),
             made.query_factor, made.key_scale, made.value_scale, made.value_mean, out, lse,
@@ -429,7 +510,8 @@ def _hopper_op(
             list_heads * rows if list_batch > 1 else 0, rows if list_heads > 1 else 0,
             full_index.shape[-1], partial_index.shape[-1],
             num_text if text_first else 0, 0 if text_first else num_video,
-            D=head_size, STAGES=stages, EAGER=eager, WITH_LSE=with_lse, num_warps=4, maxnreg=168,
+            D=head_size, STAGES=stages, EAGER=eager, PERSISTENT=persistent, WITH_LSE=with_lse,
+            num_warps=4, maxnreg=168,
         )  # fmt: skip
     return out, add_mean_key(lse, query, made, scale)
 

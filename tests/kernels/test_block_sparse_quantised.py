@@ -157,28 +157,44 @@ def test_hopper(num_video, text, text_first, dtype, head_size, precision: str) -
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_HOPPER is not None, reason=str(NO_HOPPER))
 @pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize("eager", [1, 2])
-def test_hopper_gives_the_same_with_every_setting(eager: int, head_size: int) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eager": 1},
+        {"eager": 2},
+        {"persistent": True},
+        {"persistent": True, "stages": 2, "eager": 2},
+    ],
+    ids=str,
+)
+def test_hopper_gives_the_same_with_every_setting(settings: dict, head_size: int) -> None:
     torch.manual_seed(0)
-    lists = tile_lists_from_dense(sparse_mask(1, 2, 1900, 1900, block=128), 128)
-    qkv = offset_qkv(1, 1930, 2, head_size, dtype=torch.bfloat16)
-    kernel = partial(hopper, eager=eager)
+    # More programs than multiprocessors, so that a persistent one gets several.
+    lists = tile_lists_from_dense(sparse_mask(1, 4, 2900, 2900, block=128), 128)
+    qkv = offset_qkv(2, 2930, 4, head_size, dtype=torch.bfloat16)
+    kernel = partial(hopper, **settings)
     check(qkv, lists, "fp8", 30, kernel=kernel)
     assert torch.equal(*(kernel(*qkv, lists, "fp8", text_length=30) for _ in range(2)))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_HOPPER is not None, reason=str(NO_HOPPER))
-def test_hopper_gives_zero_to_queries_without_keys() -> None:
+@pytest.mark.parametrize("persistent", [False, True])
+def test_hopper_gives_zero_to_queries_without_keys(persistent: bool) -> None:
+    torch.manual_seed(0)
     mask = sparse_mask(700, 700, block=128)
     mask[5] = False
     mask[256:512] = False
     lists = tile_lists_from_dense(mask, 128)
     with poisoned_memory():
-        out, lse = hopper(*offset_qkv(1, 700, 2, 128), lists, "fp8", return_lse=True)
+        # Of the 240 programs, a persistent one gets some with keys and some without.
+        out, lse = hopper(
+            *offset_qkv(1, 700, 40, 128), lists, "fp8", return_lse=True, persistent=persistent
+        )
     empty = ~mask.any(-1)
     assert out[:, empty].abs().max() == 0
     assert (lse[:, :, empty] == float("-inf")).all()
+    assert lse[:, :, ~empty].isfinite().all()
 
 
 @precisions
