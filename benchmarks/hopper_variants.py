@@ -45,6 +45,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eager 2, other turns": {"eager": 2, "other_turns": True},
     "fp8": {},
     "fp8, persistent": {"persistent": True},
+    "fp8, deep": {"deep": True},
+    "fp8, deep, persistent": {"deep": True, "persistent": True},
+    "fp8, deep, persistent, 6 buffers": {"deep": True, "persistent": True, "stages": 6},
     "fp8, eager 1": {"eager": 1},
     "fp8, eager 2": {"eager": 2},
     # Loops of `hopper_trial.py`.
@@ -93,7 +96,7 @@ def check(name: str) -> Iterator[Row]:
     """Compare small ragged calls with masks, and rows of the large ones, with float64."""
     run, low = with_log_sums(name), "fp8" in name
     small = [(d, video, text, f) for d in (128, 64) for video, text, f in
-             ((1480, 77, 1), (1480, 77, 20), (2900, 0, 1))]  # fmt: skip
+             ((100, 0, 1), (300, 0, 1), (1480, 77, 1), (1480, 77, 20), (2900, 0, 1))]  # fmt: skip
     for head_size, video, text, factor in small:
         row = {"kind": "check", "variant": name, "head_size": head_size, "tokens": video + text}
         yield row | check_small(run, low, head_size, video, text, factor)

@@ -164,6 +164,8 @@ def test_hopper(num_video, text, text_first, dtype, head_size, precision: str) -
         {"eager": 2},
         {"persistent": True},
         {"persistent": True, "stages": 2, "eager": 2},
+        {"deep": True, "stages": 3},
+        {"deep": True, "persistent": True},
     ],
     ids=str,
 )
@@ -180,7 +182,22 @@ def test_hopper_gives_the_same_with_every_setting(settings: dict, head_size: int
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_HOPPER is not None, reason=str(NO_HOPPER))
 @pytest.mark.parametrize("persistent", [False, True])
-def test_hopper_gives_zero_to_queries_without_keys(persistent: bool) -> None:
+@pytest.mark.parametrize("num_video", [63, 200, 300])
+def test_hopper_with_few_steps(num_video: int, persistent: bool) -> None:
+    """A deep loop looks ahead, and must not wait for what never comes."""
+    torch.manual_seed(0)
+    lists = tile_lists_from_dense(
+        torch.ones(num_video, num_video, dtype=torch.bool, device=DEVICE), 128
+    )
+    kernel = partial(hopper, deep=True, persistent=persistent)
+    check(offset_qkv(2, num_video, 80, 128), lists, "fp8", kernel=kernel)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_HOPPER is not None, reason=str(NO_HOPPER))
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_hopper_gives_zero_to_queries_without_keys(persistent: bool, deep: bool) -> None:
     torch.manual_seed(0)
     mask = sparse_mask(700, 700, block=128)
     mask[5] = False
@@ -189,8 +206,9 @@ def test_hopper_gives_zero_to_queries_without_keys(persistent: bool) -> None:
     with poisoned_memory():
         # Of the 240 programs, a persistent one gets some with keys and some without.
         out, lse = hopper(
-            *offset_qkv(1, 700, 40, 128), lists, "fp8", return_lse=True, persistent=persistent
-        )
+            *offset_qkv(1, 700, 40, 128), lists, "fp8", return_lse=True, persistent=persistent,
+            deep=deep,
+        )  # fmt: skip
     empty = ~mask.any(-1)
     assert out[:, empty].abs().max() == 0
     assert (lse[:, :, empty] == float("-inf")).all()
