@@ -47,7 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp8, persistent": {"persistent": True},
     "fp8, deep": {"deep": True},
     "fp8, deep, persistent": {"deep": True, "persistent": True},
-    "fp8, deep, persistent, 6 buffers": {"deep": True, "persistent": True, "stages": 6},
+    "fp8, deep, persistent, lean": {"deep": True, "persistent": True, "lean": True},
+    "fp8, deep, 6 buffers": {"deep": True, "stages": 6},
     "fp8, eager 1": {"eager": 1},
     "fp8, eager 2": {"eager": 2},
     # Loops of `hopper_trial.py`.
@@ -167,10 +168,11 @@ def timings(names: list[str], done: set[str], deadline: float) -> Iterator[Row]:
             runs["flash-attn-4"] = partial(flash.run, *case.qkv, case.plan, None, False)
         if any("fp8" in name for name in names):
             runs["triton fp8"] = partial(quantised_block_sparse_attention, *case.qkv, lists, "fp8")
-            runs["rounding"] = partial(
-                quantise, *case.qkv, "fp8", num_video=TOKENS, text_first=False, key_block=128,
-                scale=head_size**-0.5,
-            )  # fmt: skip
+            for name, lean in (("rounding", False), ("rounding, lean", True)):
+                runs[name] = partial(
+                    quantise, *case.qkv, "fp8", num_video=TOKENS, text_first=False, key_block=128,
+                    scale=head_size**-0.5, lean=lean,
+                )  # fmt: skip
         for name in names:
             if not name.startswith("clock"):
                 runs[name] = partial(trial(name), *case.qkv, lists)
@@ -182,9 +184,9 @@ def timings(names: list[str], done: set[str], deadline: float) -> Iterator[Row]:
                 yield {"kind": "failed", "case": key, "variant": name, "why": repr(error)[-400:]}
                 del runs[name]
         times = dict(zip(runs, alternating_ms(list(runs.values()), repeats=7), strict=True))
-        if "rounding" in times:
-            ms = times.pop("rounding")
-            yield {"kind": "rounding", "case": key, "variant": "rounding", "ms": round(ms, 4)}
+        for name in [name for name in times if name.startswith("rounding")]:
+            ms = times.pop(name)
+            yield {"kind": "rounding", "case": key, "variant": name, "ms": round(ms, 4)}
         rates = {name: rate(case, name, ms) for name, ms in times.items()}
         for name, value in rates.items():
             yield {

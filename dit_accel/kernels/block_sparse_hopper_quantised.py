@@ -264,6 +264,7 @@ def hopper_quantised_attention(
     eager: int = 0,
     deep: bool = False,
     persistent: bool = False,
+    lean: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`quantised_block_sparse_attention`, for fewer calls.
 
@@ -282,6 +283,7 @@ def hopper_quantised_attention(
         deep: whether both products run under the softmax (`hopper_quantised_loop.py`), which makes
             ``eager`` mean nothing and wants 3 stages at least.
         persistent: see there.
+        lean: see `quantise`.
 
     Returns:
         As there.
@@ -298,7 +300,7 @@ def hopper_quantised_attention(
         query, key, value, lists.full_count, lists.full_index, lists.partial_count,
         lists.partial_index, lists.partial_slot, lists.bits, lists.block_size, lists.num_tokens,
         precision, text_first, scale, stages, eager, deep, persistent,
-        return_lse,
+        lean, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -309,7 +311,7 @@ def _hopper_op(
     full_count: Tensor, full_index: Tensor,
     partial_count: Tensor, partial_index: Tensor, partial_slot: Tensor, bits: Tensor,
     block_size: int, num_video: int, precision: str, text_first: bool, scale: float, stages: int,
-    eager: int, deep: bool, persistent: bool, with_lse: bool,
+    eager: int, deep: bool, persistent: bool, lean: bool, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the kernels. A custom operator, so that torch.compile traces past it unbroken."""
     batch, num_tokens, heads, head_size = query.shape
@@ -318,7 +320,7 @@ def _hopper_op(
         raise OperatorUnavailableError(f"the Hopper kernel cannot run this call: {reason}.")
     made = quantise(
         query, key, value, precision, num_video=num_video, text_first=text_first,
-        key_block=block_size, scale=scale,
+        key_block=block_size, scale=scale, lean=lean,
     )  # fmt: skip
     out = query.new_empty(query.shape)
     lse = empty_lse(query, with_lse)

@@ -26,7 +26,7 @@ from dit_accel.kernels.precision import (
     why_no_hopper_precision,
     why_no_precision,
 )
-from dit_accel.kernels.quantise import quantise
+from dit_accel.kernels.quantise import CHUNK, SAMPLED_FROM, SAMPLED_ROWS, quantise
 from dit_accel.kernels.quantised_reference import (
     accuracy,
     key_blocks,
@@ -165,7 +165,7 @@ def test_hopper(num_video, text, text_first, dtype, head_size, precision: str) -
         {"persistent": True},
         {"persistent": True, "stages": 2, "eager": 2},
         {"deep": True, "stages": 3},
-        {"deep": True, "persistent": True},
+        {"deep": True, "persistent": True, "lean": True},
     ],
     ids=str,
 )
@@ -354,6 +354,28 @@ def test_one_pass_rounds_as_the_reference(precision: str) -> None:
     plain[..., place.to(DEVICE)] = stored
     values = rows(plain.flatten(-2).mT)
     assert relative_error(values * made.value_scale.double()[:, None], want) < 2e-3
+
+
+@pytest.mark.skipif(REFUSED["fp8"] is not None, reason=str(REFUSED["fp8"]))
+def test_a_lean_pass_takes_the_mean_key_of_some() -> None:
+    """And with it off, keys are as near as ever; queries and values are the same."""
+    torch.manual_seed(0)
+    num_tokens = SAMPLED_FROM + 50
+    query, key, value = offset_qkv(1, num_tokens, 1, 16)
+    options = {"num_video": num_tokens, "text_first": False, "key_block": 128, "scale": 0.5}
+    made, lean = (quantise(query, key, value, "fp8", **options, lean=x) for x in (False, True))
+    sampled = torch.arange(num_tokens, device=DEVICE) % CHUNK < SAMPLED_ROWS
+    assert relative_error(lean.key_mean, key.double()[:, sampled].mean(1)) < 1e-5
+    assert torch.equal(lean.value.view(torch.uint8), made.value.view(torch.uint8))
+    assert torch.equal(lean.query.view(torch.uint8), made.query.view(torch.uint8))
+    for rounding in (made, lean):
+        scale = rounding.key_scale.repeat_interleave(128, -1)[..., None]
+        keys = (rounding.key.float() * scale)[:, :, :num_tokens] + rounding.key_mean[:, :, None]
+        assert relative_error(keys[:, 0], key[:, :, 0].double()) < 0.01
+    few = [x[:, :1000] for x in (query, key, value)]
+    options["num_video"] = 1000
+    all_keys = quantise(*few, "fp8", **options, lean=True).key_mean
+    assert relative_error(all_keys, few[1].double().mean(1)) < 1e-5
 
 
 def test_torch_compile_traces_it_without_a_graph_break() -> None:
