@@ -25,11 +25,7 @@ from dit_accel.kernels.block_sparse_hopper import (
     _partial_sum,
     _shrunk_sum,
 )
-from dit_accel.kernels.hopper_assembly import (
-    packed_by_now,
-    rescaled,
-    summed_by_now,
-)
+from dit_accel.kernels.hopper_assembly import packed_by_now, rescaled, summed_by_now
 from dit_accel.kernels.hopper_steps import ROWS, TILE, key_row, mask_words, unmasked_row
 
 # log2(448): weights up to 1 become e4m3 numbers up to the largest. The sum gets the same factor.
@@ -51,29 +47,24 @@ def _weigh(packed, v_tile, acc, o_layout: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, peak, factor):
-    """Weights up to 448, the new peak, an integer, and what older weights shrink by."""
+def _new_peak(s, peak, factor):
     split = s.reshape([ROWS, TILE // 32, 4, 4, 2])
     top = gl.max(gl.max(gl.max(gl.max(split, 4), 2), 1), 1)
     top = gl.convert_layout(top, factor.type.layout)
-    new_peak = gl.maximum(peak, gl.ceil(top * factor))
-    base = new_peak - TO_LARGEST
-    return gl.exp2(s * factor[:, None] - base[:, None]), new_peak, gl.exp2(peak - new_peak)
-
-
-@gluon.jit
-def _peaks(s, peak, factor):
-    split = s.reshape([ROWS, TILE // 32, 4, 4, 2])
-    top = gl.max(gl.max(gl.max(gl.max(split, 4), 2), 1), 1)
-    top = gl.convert_layout(top, factor.type.layout)
-    new_peak = gl.maximum(peak, gl.ceil(top * factor))
-    return new_peak, gl.exp2(peak - new_peak)
+    return gl.maximum(peak, gl.ceil(top * factor))
 
 
 @gluon.jit
 def _weights(s, peak, factor):
     base = peak - TO_LARGEST
     return gl.exp2(s * factor[:, None] - base[:, None])
+
+
+@gluon.jit
+def _softmax(s, peak, factor):
+    """Weights up to 448, the new peak, an integer, and what older weights shrink by."""
+    new_peak = _new_peak(s, peak, factor)
+    return _weights(s, new_peak, factor), new_peak, gl.exp2(peak - new_peak)
 
 
 @gluon.jit
@@ -170,11 +161,15 @@ def _deep_step(
     s = s.to(gl.float32)
     if MASK:
         s = _hide(s, words, by_word, s_layout)
-    peak, shrink = _peaks(s, peak, factor)
-    # The product has run under the maxima; ptxas needs the registers of its weights.
+    old_peak = peak
+    peak = _new_peak(s, peak, factor)
+    shrink = gl.exp2(old_peak - peak)
     if not MASK:
+        # The maxima stay before the next wait: the mark needs them, and this wait for a buffer that
+        # is full already is the branch over which ptxas moves no other.
         shrink = summed_by_now(shrink)
         mbarrier.wait(ready.index(stage), phase)
+    # The product has run under the maxima; ptxas has too few registers while its weights live.
     acc, p = warpgroup_mma_wait(1, deps=[acc, p])
     weights = _weights(s, peak, factor)
     total = _shrunk_sum(total, shrink, weights)
