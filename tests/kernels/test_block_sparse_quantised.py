@@ -19,6 +19,7 @@ from dit_accel import GNA, sparse_attention
 from dit_accel.call import TokenLayout
 from dit_accel.errors import GridMismatchError, OperatorUnavailableError, OptionError
 from dit_accel.grid import RASTER
+from dit_accel.kernels.backend import why_no_gluon
 from dit_accel.kernels.block_sparse_quantised import quantised_block_sparse_attention
 from dit_accel.kernels.precision import (
     PRECISIONS,
@@ -405,6 +406,13 @@ def test_bad_calls_are_refused() -> None:
     small = tile_lists_from_dense(torch.ones(64, 64, dtype=torch.bool, device=DEVICE), 16)
     with pytest.raises(OperatorUnavailableError, match="at least 32"):
         run(query, key, value, small, "int8")
+
+
+@pytest.mark.skipif(why_no_gluon() is not None, reason=str(why_no_gluon()))
+def test_a_deep_loop_needs_three_buffers() -> None:
+    lists = tile_lists_from_dense(torch.ones(64, 64, dtype=torch.bool, device=DEVICE), 64)
+    with pytest.raises(OptionError, match="stages=2 is too few"):
+        hopper(*random_qkv(1, 64, 1, 64, dtype=torch.float16), lists, "fp8", deep=True, stages=2)
 
 
 def test_who_can_run_what(monkeypatch: pytest.MonkeyPatch) -> None:
