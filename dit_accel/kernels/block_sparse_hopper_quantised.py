@@ -20,11 +20,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_accel.errors import OperatorUnavailableError, OptionError
@@ -47,7 +43,9 @@ def _copy(
     descriptors, shared, lists, sizes, length, D: gl.constexpr, STAGES: gl.constexpr,
     PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp. A persistent program's runs ahead: queries have two places, too."""
+    """The copying warp. A persistent program's runs ahead of the groups by up to a tile: queries
+    have two places.
+    """
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     q_stage = gl.to_tensor(0)

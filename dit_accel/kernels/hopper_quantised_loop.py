@@ -195,8 +195,8 @@ def _await_next(step, work, ready, stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _deep_loop(
-    me: gl.constexpr, q, stage, phase, work, q_factor, key_scale, shared, lists, sizes,
-    s_layout: gl.constexpr, o_layout: gl.constexpr, by_word: gl.constexpr, D: gl.constexpr,
+    me: gl.constexpr, q, acc, total, peak, stage, phase, work, q_factor, key_scale, shared, lists,
+    sizes, s_layout: gl.constexpr, o_layout: gl.constexpr, by_word: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """All steps of a tile, of which there must be one.
@@ -210,9 +210,6 @@ def _deep_loop(
     factor = q_factor * gl.load(key_scale + key_row(first, work, lists, sizes) // TILE)
     scale = gl.load(key_scale + key_row(gl.to_tensor(1), work, lists, sizes) // TILE)
     ahead = key_row(gl.to_tensor(2), work, lists, sizes)
-    acc = gl.zeros([ROWS, D], gl.float32, o_layout)
-    peak = gl.full([ROWS], _NO_PEAK, gl.float32, gl.SliceLayout(1, s_layout))
-    total = _partial_sum(gl.zeros([ROWS, TILE], gl.float32, s_layout))
     # The first step, with no output product to go with it.
     mbarrier.wait(ready.index(stage), phase)
     s = _scores(q, k_smem.index(stage), s_layout)
@@ -281,8 +278,8 @@ def attend_tile(
     if DEEP:
         if steps > 0:
             acc, total, peak, before, stage, phase = _deep_loop(
-                me, q, stage, phase, work, q_factor, key_scale, shared, lists, sizes, s_layout,
-                o_layout, by_word, D, STAGES,
+                me, q, acc, total, peak, stage, phase, work, q_factor, key_scale, shared, lists,
+                sizes, s_layout, o_layout, by_word, D, STAGES,
             )  # fmt: skip
             if PERSISTENT:
                 mbarrier.arrive(empty.index(before), count=1)
