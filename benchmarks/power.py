@@ -16,7 +16,7 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -87,9 +87,8 @@ def under_load(run: Callable[[], Any], seconds: float) -> Row:
     }
 
 
-def measure(seconds: float) -> list[Row]:
-    """Return a row for each case and kernel; a peer that can't run is left out."""
-    rows = []
+def measure(seconds: float) -> Iterator[Row]:
+    """Yield a row for each case and kernel; a peer that can't run is left out."""
     units = torch.cuda.get_device_properties(0).multi_processor_count
     for head_size, density in CASES:
         case = make_case(TOKENS, HEADS, head_size, density)
@@ -107,9 +106,7 @@ def measure(seconds: float) -> list[Row]:
                 "busy": round(tflop * 1e15 / row["ms"] / (row["mhz"] * 1e6 * units * PER_CYCLE), 3),
                 "joule_per_tflop": round(row["watts"] * row["ms"] / 1e3 / tflop, 4),
             }
-            rows.append({"head_size": head_size, "density": density, "kernel": name} | row)
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+            yield {"head_size": head_size, "density": density, "kernel": name} | row
 
 
 def main() -> None:
@@ -120,7 +117,12 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         parser.error("the rates per cycle are those of a Hopper GPU")
-    write_json({"manifest": manifest(args.commit), "rows": measure(args.seconds)}, args.output)
+    rows: list[Row] = []
+    result = {"manifest": manifest(args.commit), "rows": rows}
+    for row in measure(args.seconds):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        write_json(result, args.output)
 
 
 if __name__ == "__main__":

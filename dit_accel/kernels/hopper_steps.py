@@ -77,20 +77,6 @@ def key_row(step, work, lists, sizes):
 
 
 @gluon.jit
-def unmasked_row(step, work, lists, sizes):
-    """`key_row` of a step from ``masked`` on, in fewer instructions."""
-    num_text, video_start, text_start, full_columns = sizes[2], sizes[3], sizes[4], sizes[8]
-    is_text, row, masked, steps = work[4], work[5], work[8], work[9]
-    entry = step - masked - num_text // TILE
-    full = lists[1] + row * full_columns + entry
-    full = gl.load(full, mask=(entry >= 0) & (step < steps) & (is_text == 0), other=0)
-    tile = gl.where(is_text, entry, full)
-    is_text_tile = entry < 0
-    tile = gl.where(is_text_tile, step - masked, tile)
-    return gl.where(is_text_tile, text_start, video_start) + tile * TILE
-
-
-@gluon.jit
 def mask_words(
     me: gl.constexpr, step, work, lists, sizes, by_word: gl.constexpr
 ):  # fmt: skip

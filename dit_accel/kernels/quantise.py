@@ -1,5 +1,5 @@
 """Query, key and value in 8 bits, laid out for the kernel: a pass over keys and values for their
-means and ranges, and one over all three. A lean pass reads an eighth of the keys.
+means and ranges, and one over all three.
 
 `quantised_reference.py` says what is rounded, and how. Video rows come first and text rows last,
 each padded with zeros to whole tiles of 128, heads before rows: the attention kernel then reads
@@ -30,12 +30,6 @@ INT8_MAX = tl.constexpr(127.0)
 CHUNK = 512
 """Rows whose sums and ranges one program finds."""
 
-SAMPLED_ROWS = CHUNK // 8
-"""Keys of a chunk that a lean pass reads for their mean."""
-
-SAMPLED_FROM = 16 * CHUNK
-"""Tokens from which a lean pass does so: fewer keys are all read."""
-
 _SIZES = ("num_heads", "num_video", "num_text", "video_start", "text_start")
 
 
@@ -50,7 +44,7 @@ class Quantised:
         key: as ``query``, its head's mean taken off.
         key_scale: float32 ``[B, H, R / key_block]``.
         key_block: rows that share a key scale.
-        key_mean: float32 ``[B, H, D]``, what was taken off the keys.
+        key_mean: float32 ``[B, H, D]``.
         value: e4m3 ``[B, H, D', R]``, rows in the order of `by_lane`, or in the input's dtype
             ``[B, H, R, D']``.
         value_scale: float32 ``[B, H, D]`` by which e4m3 values are multiplied.
@@ -107,53 +101,29 @@ def _range_of(
     CHUNK: tl.constexpr, ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sum, least and most of each channel over rows ``[first, end)``, at most ``CHUNK``."""
-    if first + CHUNK <= end:
-        total, least, most = _range_of_rows(
-            x_ptr, first, end, stride_n, stride_d, CHUNK, ROWS, HEAD_SIZE, BLOCK_D, False
-        )
-    else:
-        total, least, most = _range_of_rows(
-            x_ptr, first, end, stride_n, stride_d, CHUNK, ROWS, HEAD_SIZE, BLOCK_D, True
-        )
-    return tl.sum(total, 0), tl.min(least, 0), tl.max(most, 0)
-
-
-@triton.jit
-def _range_of_rows(
-    x_ptr, first, end, stride_n, stride_d,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHECK_END: tl.constexpr,
-):  # fmt: skip
-    """The same for each ``ROWS``-th row: ``[ROWS, BLOCK_D]``."""
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     least = tl.full([ROWS, BLOCK_D], float("inf"), tl.float32)
     most = tl.full([ROWS, BLOCK_D], float("-inf"), tl.float32)
-    # Two at a time, as one load at a time would leave the memory waiting.
-    for start in range(0, CHUNK, 2 * ROWS):
-        for half in tl.static_range(2):
-            row = first + start + half * ROWS
-            x = _load_rows(x_ptr, row, end, stride_n, stride_d, ROWS, HEAD_SIZE, BLOCK_D, CHECK_END)
-            x = x.to(tl.float32)
-            total += x
-            if CHECK_END:
-                inside = (row + tl.arange(0, ROWS) < end)[:, None]
-                least = tl.minimum(least, tl.where(inside, x, float("inf")))
-                most = tl.maximum(most, tl.where(inside, x, float("-inf")))
-            else:
-                least = tl.minimum(least, x)
-                most = tl.maximum(most, x)
-    return total, least, most
+    for start in range(0, CHUNK, ROWS):
+        row = first + start
+        x = _load_rows(x_ptr, row, end, stride_n, stride_d, ROWS, HEAD_SIZE, BLOCK_D, True)
+        x = x.to(tl.float32)
+        inside = (row + tl.arange(0, ROWS) < end)[:, None]
+        total += x
+        least = tl.minimum(least, tl.where(inside, x, float("inf")))
+        most = tl.maximum(most, tl.where(inside, x, float("-inf")))
+    return tl.sum(total, 0), tl.min(least, 0), tl.max(most, 0)
 
 
 @triton.jit(do_not_specialize=("num_heads", "num_tokens"))
 def _find_ranges(
     k_ptr, v_ptr, found_ptr, num_heads, num_tokens,
     k_sb, k_sn, k_sh, k_sd, v_sb, v_sn, v_sh, v_sd,
-    CHUNK: tl.constexpr, KEY_ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: float32 ``[4, BLOCK_D]`` of one chunk of a head.
 
-    Sums of its first ``KEY_ROWS`` keys, and sums, least and most of values.
+    Sums of keys, and sums, least and most of values.
     """
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // num_heads, bh % num_heads
@@ -163,7 +133,7 @@ def _find_ranges(
     k_base = k_ptr + b * k_sb + h * k_sh
     v_base = v_ptr + b * v_sb + h * v_sh
     k_sum, _least, _most = _range_of(
-        k_base, first, num_tokens, k_sn, k_sd, KEY_ROWS, 32, HEAD_SIZE, BLOCK_D
+        k_base, first, num_tokens, k_sn, k_sd, CHUNK, 32, HEAD_SIZE, BLOCK_D
     )
     v_sum, least, most = _range_of(
         v_base, first, num_tokens, v_sn, v_sd, CHUNK, 32, HEAD_SIZE, BLOCK_D
@@ -174,9 +144,9 @@ def _find_ranges(
     tl.store(found + 3 * BLOCK_D, most)
 
 
-@triton.jit(do_not_specialize=("chunks", "num_tokens", "num_keys"))
+@triton.jit(do_not_specialize=("chunks", "num_tokens"))
 def _join_ranges(
-    found_ptr, k_mean_ptr, v_mean_ptr, v_scale_ptr, chunks, num_tokens, num_keys,
+    found_ptr, k_mean_ptr, v_mean_ptr, v_scale_ptr, chunks, num_tokens,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: means and scales of one head, from its chunks."""
@@ -199,7 +169,7 @@ def _join_ranges(
     scale = tl.where(largest > 0, largest / E4M3_MAX, 1.0)
     channel = bh * HEAD_SIZE + columns
     inside = columns < HEAD_SIZE
-    tl.store(k_mean_ptr + channel, tl.sum(k_sum, 0) / num_keys, mask=inside)
+    tl.store(k_mean_ptr + channel, tl.sum(k_sum, 0) / num_tokens, mask=inside)
     tl.store(v_mean_ptr + channel, mean, mask=inside)
     tl.store(v_scale_ptr + channel, scale, mask=inside)
 
@@ -211,14 +181,11 @@ def _quantise(
     scale_log2, num_heads, num_video, num_text, video_start, text_start,
     q_sb, q_sn, q_sh, q_sd, k_sb, k_sn, k_sh, k_sd, v_sb, v_sn, v_sh, v_sd,
     ROWS: tl.constexpr, KEY_BLOCK: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    INTERPRETED: tl.constexpr, LAST_FIRST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program: ``ROWS`` rows of one head of query, key and value."""
     tile = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    if LAST_FIRST:
-        tile = tl.num_programs(0) - 1 - tile
-        bh = tl.num_programs(1) - 1 - bh
     b, h = bh // num_heads, bh % num_heads
     video_tiles = tl.cdiv(num_video, ROWS)
     is_text = tile >= video_tiles
@@ -269,7 +236,7 @@ def _quantise(
 
 def quantise(
     query: Tensor, key: Tensor, value: Tensor, precision: str, *,
-    num_video: int, text_first: bool, key_block: int, scale: float, lean: bool = False,
+    num_video: int, text_first: bool, key_block: int, scale: float,
 ) -> Quantised:  # fmt: skip
     """Round ``[B, N, H, D]`` query, key and value to what ``precision`` says.
 
@@ -282,9 +249,6 @@ def quantise(
         text_first: whether the text rows come before the video rows.
         key_block: video keys that share a scale, a power of two of at most 128; text keys likewise.
         scale: of the softmax.
-        lean: whether to read less. Of `SAMPLED_FROM` tokens or more, the first `SAMPLED_ROWS` of
-            each `CHUNK` give the mean key: scores don't depend on which key is taken off. And
-            what was read last is rounded first, while the L2 cache has it.
     """
     batch, num_tokens, heads, head_size = query.shape
     num_text = num_tokens - num_video
@@ -313,17 +277,14 @@ def quantise(
     )
     chunks = triton.cdiv(num_tokens, CHUNK)
     found = empty(chunks, 4, block_d)
-    key_rows = SAMPLED_ROWS if lean and num_tokens >= SAMPLED_FROM else CHUNK
-    rest = num_tokens - (chunks - 1) * CHUNK
-    num_keys = (chunks - 1) * key_rows + min(rest, key_rows)
     with torch.cuda.device_of(query):
         _find_ranges[(chunks, batch * heads)](
             key, value, found, heads, num_tokens, *key.stride(), *value.stride(),
-            CHUNK=CHUNK, KEY_ROWS=key_rows, HEAD_SIZE=head_size, BLOCK_D=block_d, num_warps=8,
+            CHUNK=CHUNK, HEAD_SIZE=head_size, BLOCK_D=block_d, num_warps=8,
         )  # fmt: skip
         _join_ranges[(batch * heads,)](
             found, made.key_mean, made.value_mean, made.value_scale, chunks, num_tokens,
-            num_keys, HEAD_SIZE=head_size, BLOCK_D=block_d,
+            HEAD_SIZE=head_size, BLOCK_D=block_d,
         )  # fmt: skip
         _quantise[(tiles, batch * heads)](
             query, key, value, made.key_mean, made.value_mean, made.value_scale,
@@ -332,7 +293,7 @@ def quantise(
             num_text if text_first else 0, 0 if text_first else num_video,
             *query.stride(), *key.stride(), *value.stride(),
             ROWS=TILE, KEY_BLOCK=key_block, HEAD_SIZE=head_size, BLOCK_D=block_d,
-            INTERPRETED=triton.knobs.runtime.interpret, LAST_FIRST=lean, num_warps=8,
+            INTERPRETED=triton.knobs.runtime.interpret, num_warps=8,
         )  # fmt: skip
     return made
 

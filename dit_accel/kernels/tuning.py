@@ -64,7 +64,7 @@ def joint_config(
 
     As `kernel_config`, but where shapes were compared: on an H100 at head size 128, PSA's levels in
     tiles of 32 keys take .88 of the time and PISA's tiles of 64 queries with three stages .96
-    (`benchmarks/results/methods-sweep-h100.json`).
+    (`benchmarks/results/joint-sweep-h100.json`).
 
     Args:
         capability: CUDA compute capability, such as ``(9, 0)``.

@@ -42,7 +42,7 @@ def compiled(head_size: int, config: HopperConfig) -> Any:
     )  # fmt: skip
 
 
-def quantised(head_size: int, low: torch.dtype, eager: int, deep: bool, persistent: bool) -> Any:
+def quantised(head_size: int, low: torch.dtype, eager: int) -> Any:
     """Compile the 8-bit kernel."""
     query = torch.empty(1, 2, 512, head_size, dtype=low)
     value = torch.empty(1, 2, head_size, 512, dtype=torch.float8_e4m3fn)
@@ -54,8 +54,7 @@ def quantised(head_size: int, low: torch.dtype, eager: int, deep: bool, persiste
         rounding.descriptor(value, head_size, 128), numbers, numbers, numbers, numbers,
         x, numbers, index[..., 0], index, index[..., 0], index, index,
         torch.zeros(1, 128, 4, dtype=torch.int32), 2, 300, 7, 384, 512, 8, 0, 0, 3, 3, 0, 300,
-        D=head_size, STAGES=4, EAGER=eager, DEEP=deep, PERSISTENT=persistent, WITH_LSE=True,
-        num_warps=4, maxnreg=168, grid=(8,),
+        D=head_size, STAGES=4, EAGER=eager, WITH_LSE=True, num_warps=4, maxnreg=168, grid=(8,),
     )  # fmt: skip
 
 
@@ -66,5 +65,5 @@ if __name__ == "__main__":
         (64, HopperConfig(stages=6, turns=False, eager=2)),
     ):
         print(compiled(head_size, config).metadata.shared)
-    print(quantised(128, torch.float8_e4m3fn, 0, deep=True, persistent=True).metadata.shared)
-    print(quantised(64, torch.int8, 1, deep=False, persistent=False).metadata.shared)
+    print(quantised(128, torch.float8_e4m3fn, 0).metadata.shared)
+    print(quantised(64, torch.int8, 1).metadata.shared)

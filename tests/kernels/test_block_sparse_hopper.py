@@ -291,8 +291,6 @@ def test_steps_cover_the_mask_once(monkeypatch, num_video: int, text: int, text_
             words = [kernel.mask_words.fn(m, step, work, loaded, sizes, None) for m in (0, 1)]
             bits = (torch.cat(words)[:, :, None] >> torch.arange(32) & 1).flatten(1)
             assert step < masked or bits.all()
-            if step >= masked:
-                assert n == int(kernel.unmasked_row.fn(step, work, loaded, sizes))
             seen[b, h, first:end, n : n + 128] += bits[: end - first]
     assert torch.equal(seen[..., :total], expected.expand(2, 3, -1, -1).long())
     assert not seen[..., total:].any()
