@@ -7,7 +7,7 @@ what the tokens are. Everything is undone in reverse by `restore_pipeline`.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,7 @@ def accelerate_pipeline(
     probe: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     calibration: str | Path | None = None,
     per_head: bool | str | Path = False,
+    progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> Any:
     """Attach an attention method, a cache, a guidance, a resolution method. For inference.
@@ -110,6 +111,8 @@ def accelerate_pipeline(
             if made with another model, GPU or version, or for another size or number of steps.
         per_head: True shares ``density`` out among layers and heads by what each loses, measured on
             ``probe``; or the file of such densities (see `dit_accel.per_head`).
+        progress: told of every generation while a budget is settled: what it is for, how many are
+            done, and of how many (0: not known).
         options: options of the methods given by name, e.g. ``decay=0.5``; a dict under a method's
             name goes to that method alone, e.g. ``radial={"decay": 0.5}``.
 
@@ -127,6 +130,7 @@ def accelerate_pipeline(
     general |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "min_tokens": min_tokens}
     wish = dict[str, Any](min_psnr=min_psnr, max_error=max_error, target_speedup=target_speedup)
     wish |= {"probe": probe, "calibration": calibration, "per_head": per_head or None}
+    wish |= {"progress": progress}
     acceleration = _prepare(pipe, method, general, compile, wish, options)
     acceleration.runtime.guard = make_guard(guard, acceleration.runtime.attends)
     _replace(pipe, acceleration)
@@ -239,7 +243,7 @@ def _calibrate(
     from dit_accel.calibration import calibrate_for
 
     with _set_aside(pipe):
-        return calibrate_for(pipe, chosen, options=options, **mine)
+        return calibrate_for(pipe, chosen, options=options, progress=wish["progress"], **mine)
 
 
 def _settle_budget(
@@ -250,7 +254,7 @@ def _settle_budget(
     options: Mapping[str, Any],
 ) -> Settled | None:
     """Choose methods and their strengths, if a budget asks for more than a cache's strength."""
-    given = {name for name, value in wish.items() if value is not None}
+    given = {name for name, value in wish.items() if value is not None} - {"progress"}
     if "per_head" in given and given - {"per_head", "probe"}:
         raise OptionError(
             "per_head shares density= out, and a budget would choose it: leave one out."

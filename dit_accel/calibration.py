@@ -184,6 +184,7 @@ def calibrate_for(
     target_speedup: float | None,
     max_error: float | None,
     options: Mapping[str, Any],
+    progress: Progress | None = None,
 ) -> Calibration:
     """Choose a cache's strength as `accelerate_pipeline` was asked to.
 
@@ -204,7 +205,13 @@ def calibrate_for(
     if not all(isinstance(call, Mapping) for call in calls):
         raise OptionError("probe: give keyword arguments of pipe(...), or a list of these.")
     return calibrate_cache(
-        pipe, method, calls, target_speedup=target_speedup, max_error=max_error, options=options
+        pipe,
+        method,
+        calls,
+        target_speedup=target_speedup,
+        max_error=max_error,
+        options=options,
+        progress=progress,
     )
 
 

@@ -24,7 +24,7 @@ from dit_accel.sizes import check_size
 from dit_accel.world.worlds import unknown_words
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of a stage, the steps done and the steps in all."""
+"""Called with the name of a stage, the steps done and the steps in all; 0 if nobody knows."""
 
 
 BUDGETS = frozenset({"min_psnr", "max_error", "target_speedup", "calibration"})
@@ -275,6 +275,8 @@ def generate_accelerated(
         UnknownWordsWarning: as `generate` does.
     """
     _warn_of_unknown_words(pipe, request)
+    if BUDGETS & options.keys():
+        options = {**options, "progress": progress}
     dense = None
     if compare:
         # Sparse from the first step on, or the warm-up would miss what it is there to compile. It

@@ -16,6 +16,7 @@ def snippet(
     options: Mapping[str, Any],
     request: GenerationRequest,
     fps: int,
+    why: str = "",
 ) -> str:
     """Return a script that loads ``pipe`` again, accelerates it and repeats the request.
 
@@ -26,6 +27,7 @@ def snippet(
         options: keyword arguments for `accelerate_pipeline`.
         request: what was generated, with every setting that was used.
         fps: frames per second of a video.
+        why: where the options come from, as a remark.
     """
     name, dtype = type(pipe).__name__, str(pipe.dtype)
     bundled = model in list_models()
@@ -49,6 +51,7 @@ def snippet(
             *(["from dit_accel.models import model_folder"] if bundled else []),
             "",
             f"pipe = {loaded}.to({str(pipe.device)!r})",
+            *([f"# {why}"] if why else []),
             f"accelerate_pipeline(pipe, {method!r}{chosen})  # without this line: dense",
             "output = pipe(",
             *(f"    {argument}," for argument in arguments),

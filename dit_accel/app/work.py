@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,14 +13,17 @@ from torch import nn
 from dit_accel.acceleration import restore_pipeline
 from dit_accel.app import pictures
 from dit_accel.app.jobs import Job
-from dit_accel.app.settings import AppSettings
+from dit_accel.app.settings import AppSettings, check_number
 from dit_accel.app.snippet import snippet
 from dit_accel.app.store import Store
 from dit_accel.bench.measuring import free_memory
+from dit_accel.choosing.automatic import PROMPTS, probe_for
+from dit_accel.choosing.settings import Setting
 from dit_accel.cli.options import parse_options
 from dit_accel.environment import describe_device, pick_device
 from dit_accel.files import IMAGE_SUFFIX, VIDEO_SUFFIX, write_frames
 from dit_accel.generation import (
+    BUDGETS,
     Generation,
     GenerationRequest,
     Result,
@@ -28,12 +31,15 @@ from dit_accel.generation import (
     makes_video,
     pipeline_arguments,
 )
+from dit_accel.guard.records import GuardReport, finite_or_none
 from dit_accel.models import generation_defaults, load_pipeline, pipeline_outline
 from dit_accel.report import AccelerationReport
 from dit_accel.world.worlds import unknown_words
 
 SETTINGS = ("steps", "guidance", "frames", "height", "width")
 """Settings of a request that a model recommends."""
+USUALLY_TRIED, MOST_TRIED = 4, PROMPTS
+"""Prompts on which settings are tried for a budget."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Order:
         options: keyword arguments for `accelerate_pipeline`.
         request: what to generate, with every setting that is known before the model is loaded.
         compare: whether to generate it without the methods too.
+        tried: prompts on which settings are tried, if the options hold a budget.
     """
 
     model: str
@@ -53,6 +60,7 @@ class Order:
     options: Mapping[str, Any]
     request: GenerationRequest
     compare: bool
+    tried: int = USUALLY_TRIED
 
 
 def check_order(
@@ -60,6 +68,7 @@ def check_order(
     given: dict[str, Any],
     methods: str,
     assignments: list[str],
+    wishes: Mapping[str, Any] | None = None,
 ) -> Order:
     """Return what the page asks for, if it can be done, as far as that shows without the weights.
 
@@ -68,13 +77,15 @@ def check_order(
         given: values of its controls by name.
         methods: names with commas.
         assignments: options of these, as ``name=value``.
+        wishes: further options: a budget, the guard.
 
     Raises:
         DitAccelError: saying what is wrong and what to do.
     """
     model = settings.check_model(given.get("model"))
     numbers = settings.check_request(given)
-    options = parse_options(methods, assignments)
+    options = {**parse_options(methods, assignments), **(wishes or {})}
+    tried = check_number("prompts to try", given.get("tried"), 1, MOST_TRIED) or USUALLY_TRIED
     defaults = generation_defaults(model)
     missing = {name: getattr(defaults, name) for name in SETTINGS if numbers[name] is None}
     request = GenerationRequest(**{**numbers, **missing})
@@ -84,7 +95,7 @@ def check_order(
         if not makes_video(type(outline)):
             request = replace(request, frames=None)
         pipeline_arguments(outline, request)
-    return Order(model, methods, options, request, bool(given.get("compare")))
+    return Order(model, methods, options, request, bool(given.get("compare")), tried)
 
 
 class Studio:
@@ -107,11 +118,14 @@ class Studio:
             Cancelled: if the job was cancelled.
         """
         with self.pipeline(order.model, job) as pipe:
+            options = dict(order.options)
+            if BUDGETS & options.keys():
+                options["probe"] = probe_for(pipe, order.request, order.tried)
             result = generate_accelerated(
                 pipe,
                 order.request,
                 order.methods,
-                order.options,
+                options,
                 compare=order.compare,
                 progress=job.report,
             )
@@ -168,7 +182,12 @@ class Studio:
             files["difference"] = folder / f"difference{suffix}"
             heat, scale = pictures.difference(result.accelerated.frames, result.dense.frames)
             write_frames(files["difference"], heat, defaults.fps)
-        code = snippet(pipe, order.model, order.methods, order.options, order.request, defaults.fps)
+        if result.report.calls:
+            files["report"] = folder / "report.png"
+            result.report.save_picture(files["report"])
+        chosen = chosen_content(result.report) if order.methods == "auto" else None
+        methods, options, why = settled(order, result.report)
+        code = snippet(pipe, order.model, methods, options, order.request, defaults.fps, why)
         files["code"] = folder / "generate.py"
         files["code"].write_text(code + "\n", encoding="utf-8")
         content = {
@@ -190,7 +209,9 @@ class Studio:
             "device": describe_device(str(pipe.device))["name"],
             "code": code,
             **figures(result),
-            "report": report_content(result.report),
+            "report": report_content(result.report, chosen["told"] if chosen else ()),
+            "chosen": chosen,
+            "guard": guard_content(result.report.guard),
         }
         self.store.keep(name, content, files.values())
         return name
@@ -216,8 +237,8 @@ def figures(result: Result) -> dict[str, Any]:
     }
 
 
-def table_content(table: Any) -> dict[str, Any]:
-    """Return a rich table's title, headers, rows and remarks as plain texts."""
+def table_content(table: Any, told: Collection[str] = ()) -> dict[str, Any]:
+    """Return a rich table's title, headers, rows and remarks, but those ``told``, as texts."""
     return {
         "title": str(table.title or ""),
         "headers": [str(column.header) for column in table.columns],
@@ -225,14 +246,71 @@ def table_content(table: Any) -> dict[str, Any]:
             list(map(str, row))
             for row in zip(*(column.cells for column in table.columns), strict=True)
         ],
-        "remarks": [line for line in str(table.caption or "").splitlines() if line],
+        "remarks": [
+            line for line in str(table.caption or "").splitlines() if line and line not in told
+        ],
     }
 
 
-def report_content(report: AccelerationReport) -> dict[str, Any]:
-    """Return a report ready for JSON and for the page: its tables, steps by layers, and mask."""
+def settled(order: Order, report: AccelerationReport) -> tuple[str, dict[str, Any], str]:
+    """Return methods and options that repeat a run without choosing anew, and where they are from.
+
+    A budget is replaced with what was chosen for it.
+    """
+    choice = report.choice
+    if choice is None:
+        return order.methods, dict(order.options), ""
+    setting = Setting() if choice.chosen is None else choice.chosen.setting
+    guard = {name: value for name, value in order.options.items() if name not in BUDGETS}
+    return ",".join(setting.methods), {**setting.options, **guard}, f"chosen for {choice.budget}"
+
+
+def chosen_content(report: AccelerationReport) -> dict[str, Any]:
+    """Return what ``method="auto"`` took and why, ready for JSON; the frontier if it was measured.
+
+    "told" are the remarks of the report that say the same.
+    """
+    choice = report.choice
+    if choice is None:
+        return {"why": list(report.notes), "points": [], "told": list(report.notes)}
+    points = list(choice.frontier)
+    if choice.chosen is not None and choice.chosen not in points:
+        points.append(choice.chosen)
+    rows = [
+        {
+            "setting": str(point.setting),
+            "speedup": point.speedup,
+            "psnr_db": point.low_psnr,
+            "error": point.mean_error,
+            "taken": point == choice.chosen,
+        }
+        for point in points
+    ]
+    tried = f"{len(choice.points)} settings were tried, {len(choice.refused)} can't run or pay here"
+    return {"why": [choice.why, tried], "points": rows, "told": choice.lines()}
+
+
+def guard_content(guard: GuardReport | None) -> dict[str, Any] | None:
+    """Return what the guard found, ready for JSON; None if it was off or had nothing to look at."""
+    if guard is None or not guard.records:
+        return None
     return {
-        "tables": [table_content(table) for table in report.tables()],
+        "probes": guard.probes,
+        "trips": guard.trips,
+        "repairs": guard.repairs,
+        "not_finite": guard.not_finite,
+        "worst": finite_or_none(guard.worst),
+        "budget": guard.options.max_error,
+    }
+
+
+def report_content(report: AccelerationReport, told: Collection[str]) -> dict[str, Any]:
+    """Return a report ready for JSON and for the page: its tables, steps by layers, and mask.
+
+    Remarks that are ``told`` elsewhere are left out.
+    """
+    return {
+        "tables": [table_content(table, told) for table in report.tables()],
         "policy": [[row.step, row.branch, row.marks] for row in report.policy],
         "mask": pictures.mask_of(report),
     }

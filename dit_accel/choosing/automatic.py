@@ -77,8 +77,8 @@ def settle(
     Args:
         pipe: the pipeline.
         names: "auto", or the methods to choose among.
-        wish: the `Budget` by its fields, and "probe" and "calibration" as `accelerate_pipeline` has
-            them. No budget stands for `USUAL_PSNR`.
+        wish: the `Budget` by its fields, and "probe", "calibration" and "progress" as
+            `accelerate_pipeline` has them. No budget stands for `USUAL_PSNR`.
         general: `accelerate_pipeline`'s own options.
         options: of single methods.
 
@@ -93,7 +93,13 @@ def settle(
     if wish["calibration"] is not None:
         return _from_file(pipe, names, budget, Path(wish["calibration"]))
     made = calibrate_auto(
-        pipe, budget, wish["probe"], names=names, general=general, options=options
+        pipe,
+        budget,
+        wish["probe"],
+        names=names,
+        general=general,
+        options=options,
+        progress=wish["progress"],
     )
     return Settled(made.choice, _setting(made.choice))
 
@@ -159,16 +165,20 @@ def calibrate_auto(
     return Made(choice, _about(pipe), seen.to_row())
 
 
-def probe_for(pipe: Any, request: GenerationRequest) -> list[PipelineCall]:
+def probe_for(
+    pipe: Any, request: GenerationRequest, count: int | None = None
+) -> list[PipelineCall]:
     """Return calls to try settings on before a request: its size and steps, other noise.
 
-    The prompts are fixed ones of a bundled model; of another, the request's own from four seeds.
+    The prompts are fixed ones of a bundled model, `PROMPTS` unless ``count`` says how many; of
+    another, the request's own from so many seeds, usually four.
     """
     world = world_of(pipe)
     if world is None:
-        seeds = range(request.seed + 1, request.seed + 5)
+        seeds = range(request.seed + 1, request.seed + 1 + (count or 4))
         return calls_for(pipe, [replace(request, seed=seed) for seed in seeds])
-    texts = [entry["prompt"] for entry in fixed_prompts(world)[:: 64 // PROMPTS]]
+    count = count or PROMPTS
+    texts = [entry["prompt"] for entry in fixed_prompts(world)[:: 64 // count][:count]]
     tried = [replace(request, prompt=text, seed=seed) for seed, text in enumerate(texts, 1)]
     return calls_for(pipe, tried, len(tried) if pipe.device.type == "cuda" else 1)
 

@@ -202,7 +202,7 @@ class Trials:
             seconds += spent
             self._done += 1
             if self.progress is not None:
-                self.progress("generations", self._done, self._done)
+                self.progress("generations to try settings", self._done, 0)
         return Generated(made.frames, made.latents, seconds)
 
     def _run(self, call: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], float]:

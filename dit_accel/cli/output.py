@@ -72,7 +72,7 @@ def progress_bars() -> Iterator[Progress]:
 
     def show(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total)
+            tasks[stage] = bars.add_task(stage, total=total or None)
         bars.update(tasks[stage], completed=done)
 
     with bars:

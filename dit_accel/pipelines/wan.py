@@ -37,6 +37,7 @@ class Wan(PipelineFamily):
     components: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
     block_output: ClassVar[tuple[str, ...]] = ("video",)
     text_pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
+    repeated_blocks: ClassVar[tuple[str, ...]] = ("WanTransformerBlock", "WanVACETransformerBlock")
 
     def variants(self, pipe: Any) -> tuple[str, ...]:
         """Return names such as "wan2.1-14b-i2v", "wan2.1-14b" and "wan"; 2.2 has its own."""

@@ -11,11 +11,14 @@ import torch
 from PIL import Image
 from tiny_pipelines import tiny_sd3, tiny_wan
 
+from dit_accel import acceleration_report
 from dit_accel.app import views
 from dit_accel.app.jobs import Cancelled, Job
 from dit_accel.app.settings import AppSettings
 from dit_accel.app.store import Store
+from dit_accel.app.tabs.choosing import is_by_hand, wishes
 from dit_accel.app.work import Studio, check_order, recommended
+from dit_accel.choosing import trials
 from dit_accel.errors import DitAccelError, OptionError
 from dit_accel.generation import GenerationRequest, generate, generate_accelerated
 from dit_accel.models import load_pipeline
@@ -78,6 +81,91 @@ def test_clips_figures_pictures_and_code(studio, settings, video_model, tmp_path
     again = generate_accelerated(load_pipeline(video_model), request, "gna", order.options)
     output = torch.from_numpy(names["output"]).permute(0, 3, 1, 2)
     torch.testing.assert_close(output, again.accelerated.frames)
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path):
+    """Let the time of a trial be the blocks that ran, and keep results out of the user's folder."""
+    generate = trials.Trials._generate
+
+    def counting(self: Any) -> Any:
+        made = generate(self)
+        acceleration = self.pipe.__dict__.get("_dit_accel")
+        skipped = acceleration.report().blocks_skipped if acceleration else None
+        return trials.Generated(made.frames, made.latents, 1 - (skipped or 0.0))
+
+    monkeypatch.setattr(trials.Trials, "_generate", counting)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_budget_chooses_and_says_why(
+    studio, settings, video_model, tmp_path, monkeypatch, counted
+):
+    asked = given(video_model, steps=12, compare=False, tried=1, way="budget", guard=True)
+    wish = wishes({**asked, "goal": "target_speedup", "amount": 1.2, "guard_error": 0.6})
+    assert wish == {"target_speedup": 1.2}
+    followed, told = job(), []
+    monkeypatch.setattr(followed, "report", lambda *stage: told.append(stage))
+    name = studio.generate(followed, check_order(settings, asked, "auto", [], wish))
+    content = studio.store.result(name)
+    (taken,) = [point for point in content["chosen"]["points"] if point["taken"]]
+    assert taken["speedup"] >= 1.2
+    why = content["chosen"]["why"][0]
+    assert "the nearest to dense of" in why
+    assert ("generations to try settings", 1, 0) in told
+    shown = views.result(name, content)
+    assert f"{taken['setting']} (chosen)" in shown
+    assert shown.count(why.replace("'", "&#39;")) == 1
+
+    # The code names what was chosen, and so repeats it without trying anew.
+    assert "target_speedup" not in content["code"]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(content["code"], "snippet", "exec"), names)
+    again = acceleration_report(names["pipe"])
+    assert again.choice is None
+    assert again.method == content["methods"]
+    assert again.blocks_skipped == content["blocks_skipped"]
+
+
+def test_automatic_says_why_and_the_guard_what_it_saw(studio, settings, video_model):
+    order = check_order(settings, given(video_model, compare=False), "auto", [], {"guard": False})
+    content = studio.store.result(studio.generate(job(), order))
+    assert content["chosen"]["why"][0].startswith("method='auto' took")
+    assert content["guard"] is None
+
+    wish = wishes({"guard": True, "guard_error": 0.05})
+    order = check_order(settings, given(video_model, compare=False), "gna", OPTIONS, wish)
+    name = studio.generate(job(), order)
+    content = studio.store.result(name)
+    assert content["guard"]["budget"] == 0.05
+    assert content["guard"]["repairs"] > 0
+    assert Image.open(studio.store.file(name, content["files"]["report"])).width > 300
+    shown = views.result(name, content)
+    assert f"{content['guard']['repairs']} repairs" in shown
+    assert "report.png" in shown
+    assert "guard={&#39;max_error&#39;: 0.05}" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"amount": None}, "min_psnr is empty: write a number, such as 30", id="none"),
+        pytest.param({"amount": -3}, "take 0 to 100", id="negative"),
+        pytest.param({"amount": 0}, "must be a finite number over 0", id="zero"),
+        pytest.param({"goal": "target_speedup", "amount": 1}, "over 1", id="no speed-up"),
+        pytest.param({"goal": "max_eror"}, "Did you mean 'max_error'", id="goal"),
+        pytest.param({"guard_error": 0}, "over 0", id="guard"),
+        pytest.param({"guard_error": "much"}, "write one in digits", id="guard in words"),
+        pytest.param({"tried": 99}, "take 1 to 16", id="prompts"),
+    ],
+)
+def test_impossible_budgets_are_refused(settings, video_model, changes, message):
+    asked = given(video_model, way="budget", goal="min_psnr", amount=30, guard=True) | changes
+    with pytest.raises(DitAccelError, match=message):
+        check_order(settings, asked, "auto", [], wishes(asked))
+    with pytest.raises(DitAccelError, match="unknown way"):
+        is_by_hand({"way": "anyhow"})
 
 
 def test_without_comparison_there_is_one_clip(studio, settings, video_model):

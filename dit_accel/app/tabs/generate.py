@@ -10,9 +10,10 @@ import gradio as gr
 
 from dit_accel.app import views
 from dit_accel.app.jobs import Job
-from dit_accel.app.options import Controls, MethodControls, choice
+from dit_accel.app.options import AUTO, Controls, MethodControls, choice
 from dit_accel.app.settings import AppSettings
 from dit_accel.app.site import Site, connect_run, remembered, run_buttons
+from dit_accel.app.tabs.choosing import ChoosingControls, is_by_hand, wishes
 from dit_accel.app.work import SETTINGS, check_order, recommended
 from dit_accel.errors import DitAccelError, OptionError
 from dit_accel.kinds import KINDS
@@ -48,6 +49,7 @@ class GenerationTab:
         extra: draws further controls under the methods and returns them by name.
         footer: draws more under the form.
         assign: turns their values into further options ``name=value``.
+        choosing: controls of who chooses the methods; None: they are chosen by hand.
     """
 
     site: Site
@@ -62,7 +64,9 @@ class GenerationTab:
     extra: Callable[[GenerationTab], Controls] = lambda tab: {}
     footer: Callable[[GenerationTab], None] = lambda tab: None
     assign: Callable[[Mapping[str, Any], list[str]], list[str]] = lambda given, names: []
+    choosing: ChoosingControls | None = None
     controls: Controls = field(default_factory=dict)
+    _by_hand: list[Any] = field(default_factory=list)
 
     def draw(self, page: gr.Blocks) -> None:
         """Draw the tab and connect everything."""
@@ -81,6 +85,8 @@ class GenerationTab:
                 )
         names = gr.BrowserState([], storage_key=f"dit-accel-{self.name}", secret="results")
         self.methods.connect()
+        if self.choosing is not None:
+            self.choosing.connect(self._by_hand)
         self._connect_model()
         connect_run(
             self.site,
@@ -115,24 +121,34 @@ class GenerationTab:
             elem_id=f"{self.name}-prompt",
             info="The bundled models know coloured shapes that move on plain or patterned grounds.",
         )
-        self.methods.draw_choices(self.chosen)
-        self.controls |= self.extra(self)
-        if self.density:
-            with gr.Group():
-                self.controls["set_density"] = gr.Checkbox(
-                    True, label="Choose how much attention to keep"
-                )
-                self.controls["density"] = gr.Slider(
-                    0.05, 1, 0.4, step=0.05, label="Density: share of attention kept, where sparse"
-                )
-            self.controls["set_density"].change(
-                lambda on: gr.update(interactive=on),
-                self.controls["set_density"],
-                self.controls["density"],
-                show_progress="hidden",
-                api_visibility="private",
-            )
+        if self.choosing is not None:
+            self.choosing.draw_way()
+        with gr.Column(elem_classes="da-form", min_width=0) as by_hand:
+            self.methods.draw_choices(self.chosen)
+            self.controls |= self.extra(self)
+            if self.density:
+                self._draw_density()
+        self._by_hand.append(by_hand)
+        if self.choosing is not None:
+            self.choosing.draw_guard()
+            self.controls |= self.choosing.controls
         self.controls["compare"] = gr.Checkbox(True, label=self.compare)
+
+    def _draw_density(self) -> None:
+        with gr.Group():
+            self.controls["set_density"] = gr.Checkbox(
+                True, label="Choose how much attention to keep"
+            )
+            self.controls["density"] = gr.Slider(
+                0.05, 1, 0.4, step=0.05, label="Density: share of attention kept, where sparse"
+            )
+        self.controls["set_density"].change(
+            lambda on: gr.update(interactive=on),
+            self.controls["set_density"],
+            self.controls["density"],
+            show_progress="hidden",
+            api_visibility="private",
+        )
 
     def _draw_settings(self) -> None:
         with gr.Accordion("Size, steps and seed", open=False), gr.Row():
@@ -142,12 +158,13 @@ class GenerationTab:
                     value, label=LABELS[name], min_width=130, elem_id=f"{self.name}-{name}"
                 )
             self.controls["seed"] = gr.Number(0, label="Seed", min_width=130)
-        with gr.Accordion("Options of the methods", open=False):
+        with gr.Accordion("Options of the methods", open=False) as options:
             gr.HTML(views.note("What is left empty is as published for the model."))
             self.methods.draw_options(self.chosen)
             for box, value in self.methods.small.items():
                 box.value = value
         self.controls |= self.methods.inputs
+        self._by_hand.append(options)
 
     def _connect_model(self) -> None:
         sizes, small = [self.controls[name] for name in SETTINGS], self.methods.small
@@ -180,14 +197,18 @@ class GenerationTab:
         return {name: values[component] for name, component in self.controls.items()}
 
     def _prepare(self, given: dict[str, Any]) -> Callable[[Job], str]:
+        names, assignments = self._methods_by_hand(given) if is_by_hand(given) else ([AUTO], [])
+        order = check_order(self.site.settings, given, ",".join(names), assignments, wishes(given))
+        return lambda job: self.site.studio.generate(job, order)
+
+    def _methods_by_hand(self, given: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         names = self.methods.chosen(given)
         if not names:
             raise OptionError("no method is chosen: take one of the list.")
         assignments = self.methods.assignments(given) + self.assign(given, names)
         if given.get("set_density") and self.chosen_kind(given, "attention"):
             assignments.append(f"density={given['density']}")
-        order = check_order(self.site.settings, given, ",".join(names), assignments)
-        return lambda job: self.site.studio.generate(job, order)
+        return names, assignments
 
     def chosen_kind(self, given: Mapping[str, Any], kind: str) -> bool:
         """Whether a method of this kind is chosen that has a density."""
@@ -221,7 +242,8 @@ def generate_tab(site: Site, page: gr.Blocks) -> None:
     GenerationTab(
         site,
         "generate",
-        MethodControls(kinds),
+        MethodControls(kinds, automatic=False),
         {"attention": "gna"},
         compare="Generate densely too, and compare",
+        choosing=ChoosingControls(),
     ).draw(page)
