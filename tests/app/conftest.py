@@ -31,7 +31,9 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     output = tmp_path_factory.mktemp("results")
     settings = AppSettings(port=0, output=output, max_side=256, max_frames=33, max_steps=MAX_STEPS)
-    with serving(settings) as (server, address):
+    with pytest.MonkeyPatch.context() as patch, serving(settings) as (server, address):
+        # What is measured for a budget stays out of the user's own folder.
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         # Connections wait in the listening socket until the server is there.
         thread = threading.Thread(target=server.run)
         thread.start()

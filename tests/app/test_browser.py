@@ -101,6 +101,46 @@ def test_generating_and_comparing(open_page):
     expect(result).to_contain_text("a small green star moving left")
 
 
+def test_choosing_for_a_budget_or_safely(open_page):
+    page = open_page()
+    fill(page, **{**TINY, "steps": 3})
+    page.get_by_label("Generate densely too, and compare").uncheck()
+    page.get_by_label("Automatic, for a budget").check()
+    expect(page.get_by_label("Density: share").locator("visible=true")).to_have_count(0)
+    options = page.get_by_role("button", name="Options of the methods").locator("visible=true")
+    expect(options).to_have_count(0)
+    page.get_by_label("Budget", exact=True).locator("visible=true").click()
+    page.get_by_role("option", name="Speed-up").click()
+    amount = page.locator("#generate-amount input")
+    expect(amount).to_have_value("1.5")
+    assert serious(page) == []
+    alert = page.locator("#generate-status").get_by_role("alert")
+    for value, words in (("", "target_speedup is empty"), ("1", "over 1"), ("900", "take 0 to 100")):
+        amount.fill(value)
+        page.locator("#generate-start").click()
+        expect(alert).to_contain_text(words)
+
+    # Settings are tried, which can be seen, and nothing is that fast.
+    amount.fill("99")
+    page.locator("#generate-tried input").fill("1")
+    page.locator("#generate-start").click()
+    expect(page.locator("#generate-status")).to_contain_text(
+        re.compile(r"Generations to try settings\s*\d+ so far")
+    )
+    expect(alert).to_contain_text("at least 99x is out of reach here. The fastest tried is")
+    expect(alert).to_contain_text("Ask for less of one of them.")
+
+    page.get_by_label("Automatic (safe)").check()
+    expect(amount.locator("visible=true")).to_have_count(0)
+    page.locator("#generate-start").click()
+    result = page.locator("#generate-result")
+    expect(result).to_contain_text("What was chosen, and why")
+    expect(result).to_contain_text("method='auto' took 'pisa'")
+    expect(result.locator("img.da-report")).to_be_visible()
+    assert "accelerate_pipeline(pipe, 'auto')" in result.locator("code").inner_text()
+    assert serious(page) == []
+
+
 def test_cancelling_in_the_middle(open_page):
     page = open_page()
     fill(page, **{**TINY, "steps": 60})
