@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -17,12 +17,23 @@ from dit_accel.guard.options import QualityGuard
 
 BY_HAND, SAFE, BUDGET = "hand", "safe", "budget"
 WAYS = {BY_HAND: "Method by hand", SAFE: "Automatic (safe)", BUDGET: "Automatic, for a budget"}
+
+
+class Goal(NamedTuple):
+    """A budget in the page: its name, what its number says, at the start, and at most."""
+
+    name: str
+    number: str
+    start: float
+    most: int
+
+
 GOALS = {
-    "min_psnr": ("PSNR to dense, at least, in dB", USUAL_PSNR, 100),
-    "max_error": ("Error of the latents, at most", 0.1, 1),
-    "target_speedup": ("Speed-up, at least, in times", 1.5, 100),
+    "min_psnr": Goal("PSNR to dense", "At least, in dB", USUAL_PSNR, 100),
+    "max_error": Goal("Error of the latents", "At most, relative", 0.1, 1),
+    "target_speedup": Goal("Speed-up", "At least, in times", 1.5, 100),
 }
-"""Budgets of `accelerate_pipeline`: in words, at the start, and at most."""
+"""Budgets of `accelerate_pipeline`."""
 
 
 @dataclass
@@ -45,23 +56,23 @@ class ChoosingControls:
             info="Automatic (safe) takes a careful published setting. For a budget, methods and "
             "caches are tried on other prompts first: that takes minutes, once.",
         )
-        goal, (words, start, _) = next(iter(GOALS.items()))
+        first, goal = next(iter(GOALS.items()))
         with gr.Column(visible=False, min_width=0) as self._budget:
             self.controls["goal"] = gr.Dropdown(
-                [(GOALS[name][0], name) for name in GOALS],
-                value=goal,
+                [(goal.name, option) for option, goal in GOALS.items()],
+                value=first,
                 label="Budget",
-                info="PSNR and error are for nine prompts in ten.",
+                info="PSNR and error are for nine prompts in ten; the fewer are tried, the more "
+                "careful is the guess.",
                 filterable=False,
             )
             with gr.Row():
                 self.controls["amount"] = gr.Number(
-                    start, label=words, min_width=130, elem_id="generate-amount"
+                    goal.start, label=goal.number, min_width=130, elem_id="generate-amount"
                 )
                 self.controls["tried"] = gr.Number(
                     USUALLY_TRIED,
                     label=f"Prompts to try, up to {MOST_TRIED}",
-                    info="From few the guess is careful.",
                     min_width=130,
                     elem_id="generate-tried",
                 )
@@ -90,8 +101,7 @@ class ChoosingControls:
             return [gr.update(visible=chosen == BUDGET), *hand]
 
         def settle(chosen: str) -> Any:
-            words, start, _ = GOALS[chosen]
-            return gr.update(label=words, value=start)
+            return gr.update(label=GOALS[chosen].number, value=GOALS[chosen].start)
 
         way.change(show, way, [self._budget, *by_hand], **quiet)
         goal.change(settle, goal, amount, **quiet)
@@ -130,8 +140,8 @@ def wishes(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _budget(given: Mapping[str, Any]) -> dict[str, Any]:
     (goal,) = check_choices("budget", [str(given.get("goal"))], list(GOALS))
-    amount = check_number(goal, given.get("amount"), 0, GOALS[goal][2], whole=False)
+    amount = check_number(goal, given.get("amount"), 0, GOALS[goal].most, whole=False)
     if amount is None:
-        raise OptionError(f"{goal} is empty: write a number, such as {GOALS[goal][1]:g}.")
+        raise OptionError(f"{goal} is empty: write a number, such as {GOALS[goal].start:g}.")
     Budget(**{goal: amount})
     return {goal: amount}
