@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared import Prompts, Row, add_machine_and_files, add_sizes, load, options_of
 
 from dit_accel.bench.measuring import guarded, manifest
 from dit_accel.bench.runs import ResultFile
@@ -41,12 +42,7 @@ from dit_accel.choosing.times import AttentionTimes
 from dit_accel.choosing.trials import Prediction, Trials
 from dit_accel.environment import pick_device
 from dit_accel.errors import OptionError
-from dit_accel.generation import GenerationRequest
-from dit_accel.models import generation_defaults, load_pipeline
-from dit_accel.world.worlds import fixed_prompts
 
-RESULTS = Path(__file__).parent / "results"
-Row = dict[str, Any]
 BUDGETS = (30.0, 25.0, 35.0)
 PROMISED = 0.9
 PAIRS = 12
@@ -59,21 +55,11 @@ class ModelBench:
     def __init__(self, model: str, args: argparse.Namespace) -> None:
         self.model, self.args = model, args
         self.device = pick_device(args.device)
-        defaults = asdict(generation_defaults(model))
-        del defaults["fps"]
-        world = defaults.pop("world")
-        if world is None:
-            raise OptionError(f"{model} belongs to no drawn world, which has fixed prompts.")
-        given = {name: getattr(args, name) for name in ("steps", "frames", "height", "width")}
-        settings: Row = {**defaults, **{k: v for k, v in given.items() if v is not None}}
-        requests = [
-            GenerationRequest(prompt=entry["prompt"], seed=seed, **settings)
-            for seed, entry in enumerate(fixed_prompts(world))
-        ]
-        self.tried = requests[-args.tried :]
-        self.held_out = requests[: args.prompts]
+        prompts = Prompts.of(model, args)
+        self.tried = prompts.requests[-args.tried :]
+        self.held_out = prompts.requests[: args.prompts]
         self.settings = {
-            **settings,
+            **prompts.settings,
             "tried": args.tried,
             "held_out": args.prompts,
             "dtype": args.dtype,
@@ -85,8 +71,7 @@ class ModelBench:
     def pipe(self) -> Any:
         """The pipeline, loaded when first needed."""
         if self._pipe is None:
-            dtype = None if self.args.dtype == "auto" else getattr(torch, self.args.dtype)
-            self._pipe = load_pipeline(self.model, device=self.device, dtype=dtype)
+            self._pipe = load(self.model, self.args.dtype, self.device)
         return self._pipe
 
     def trials(self, name: str) -> Trials:
@@ -266,20 +251,14 @@ def summary(contents: list[Row]) -> Row:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["tiny-wan"], help="names or folders")
+    parser = options_of(__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="dB")
     parser.add_argument("--prompts", type=int, default=32, help="held out: the first so many of 64")
     parser.add_argument("--tried", type=int, default=16, help="the last so many of 64")
     parser.add_argument("--no-grid", action="store_true", help="no grid search")
     parser.add_argument("--seconds", type=float, help="begin no row of a model after this long")
-    for name in ("steps", "frames", "height", "width"):
-        parser.add_argument(f"--{name}", type=int, help="the model's own by default")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--commit")
-    parser.add_argument("--force", action="store_true", help="start the files again")
+    add_sizes(parser)
+    add_machine_and_files(parser, dtype="float32")
     args = parser.parse_args()
     with torch.no_grad():
         contents = list(map(partial(measure_model, args=args), args.models))

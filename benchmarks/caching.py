@@ -36,7 +36,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from fidelity import BLOCK, SCHEDULE, Clips, generate_all
+from fidelity import BLOCK, SCHEDULE
+from shared import (
+    Clips,
+    Prompts,
+    Row,
+    add_machine_and_files,
+    add_sizes,
+    generate_all,
+    load,
+    options_of,
+)
 from torch import nn
 
 from dit_accel import accelerate_pipeline, acceleration_report, list_methods, restore_pipeline
@@ -51,13 +61,8 @@ from dit_accel.environment import pick_device
 from dit_accel.errors import OptionError
 from dit_accel.eval.fidelity import psnr, relative_l1, ssim
 from dit_accel.generation import GenerationRequest
-from dit_accel.models import generation_defaults, load_pipeline
 from dit_accel.registry import method_class
 from dit_accel.report import AccelerationReport
-from dit_accel.world.worlds import fixed_prompts
-
-RESULTS = Path(__file__).parent / "results"
-Row = dict[str, Any]
 
 SHARES = (0.7, 0.5, 0.35)  # of the block calls that run, weak to strong
 PROBE_PROMPTS = 4
@@ -147,32 +152,22 @@ class ModelBench:
     def __init__(self, model: str, args: argparse.Namespace) -> None:
         self.model, self.args = model, args
         self.device = pick_device(args.device)
-        defaults = asdict(generation_defaults(model))
-        del defaults["fps"]
-        world = defaults.pop("world")
-        if world is None:
-            raise OptionError(f"{model} belongs to no drawn world, which has fixed prompts.")
-        given = {name: getattr(args, name) for name in ("steps", "frames", "height", "width")}
-        settings: Row = {**defaults, **{k: v for k, v in given.items() if v is not None}}
-        self.requests = [
-            GenerationRequest(prompt=entry["prompt"], seed=seed, **settings)
-            for seed, entry in enumerate(fixed_prompts(world)[: args.prompts])
-        ]
+        prompts = Prompts.of(model, args)
+        self.requests = prompts.requests[: args.prompts]
         self.batch = args.batch or (1 if self.device == "cpu" else len(self.requests))
+        attention = OF_PICTURES if prompts.world == "pictures" else ATTENTION
         self.settings = {
-            **settings,
+            **prompts.settings,
             "prompts": len(self.requests),
             "batch": self.batch,
             "dtype": args.dtype,
             "shares": SHARES,
             "options": OPTIONS,
-            "attention": OF_PICTURES if world == "pictures" else ATTENTION,
+            "attention": attention,
             "schedule": SCHEDULE,
         }
         self.attention = {
-            kind: options
-            for kind, options in (OF_PICTURES if world == "pictures" else ATTENTION).items()
-            if kind in args.attention
+            kind: options for kind, options in attention.items() if kind in args.attention
         }
         self.pipe: Any = None
         self.dense: Clips = Clips([], [])
@@ -183,8 +178,7 @@ class ModelBench:
         """Load the pipeline and generate densely."""
         if self.pipe is not None:
             return
-        dtype = None if self.args.dtype == "auto" else getattr(torch, self.args.dtype)
-        self.pipe = load_pipeline(self.model, device=self.device, dtype=dtype)
+        self.pipe = load(self.model, self.args.dtype, self.device)
         repeats = 1 if self.device == "cpu" else 3
         if repeats > 1:
             self._generate([replace(request, steps=4) for request in self.requests])
@@ -430,23 +424,17 @@ def plot(contents: Sequence[Row], output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options_of(__doc__)
     caches = list_methods("cache")
-    parser.add_argument("--models", nargs="+", default=["tiny-wan"], help="names or folders")
     parser.add_argument("--caches", nargs="*", default=caches, choices=caches)
     parser.add_argument("--attention", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--middle-only", action="store_true", help="combined at one strength only")
     parser.add_argument("--seconds", type=float, help="begin no row of a model after this long")
     parser.add_argument("--prompts", type=int, default=16, help="the first so many of 64")
     parser.add_argument("--batch", type=int, help="prompts at once; all on a GPU, 1 on a CPU")
-    for name in ("steps", "frames", "height", "width"):
-        parser.add_argument(f"--{name}", type=int, help="the model's own by default")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    add_sizes(parser)
     parser.add_argument("--plot", action="store_true", help="draw caching.png and .svg only")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--commit")
-    parser.add_argument("--force", action="store_true", help="start the files again")
+    add_machine_and_files(parser)
     args = parser.parse_args()
     if args.plot:
         files = [args.output / f"caching-{Path(model).name}.json" for model in args.models]

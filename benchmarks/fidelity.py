@@ -27,6 +27,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from shared import (
+    Clips,
+    Prompts,
+    Row,
+    add_machine_and_files,
+    add_sizes,
+    generate_all,
+    load,
+    options_of,
+)
 from torch import Tensor
 
 from dit_accel import GNA, accelerate_pipeline, acceleration_report, restore_pipeline
@@ -35,16 +45,12 @@ from dit_accel.environment import environment, pick_device
 from dit_accel.errors import DensityUnreachableError, OptionError
 from dit_accel.eval.fidelity import psnr, relative_l1, ssim
 from dit_accel.files import write_text
-from dit_accel.generation import GenerationRequest, pipeline_arguments
+from dit_accel.generation import GenerationRequest
 from dit_accel.methods.base import AttentionMethod, StaticMethod
-from dit_accel.models import generation_defaults, load_pipeline
 from dit_accel.plan import BlockSparsePlan
 from dit_accel.registry import resolve_method
 from dit_accel.report import AccelerationReport
-from dit_accel.world.worlds import fixed_prompts, make_reader, shares_right
-
-RESULTS = Path(__file__).parent / "results"
-Row = dict[str, Any]
+from dit_accel.world.worlds import make_reader, shares_right
 
 BLOCK = 32
 TOLERANCE = 0.1
@@ -88,45 +94,10 @@ STUDY_DENSITIES = (0.25, 0.15)
 ALSO_PLOTTED = ("psa, 8 samples", "rectified, not gain-aware")
 
 
-@dataclass(frozen=True)
-class Clips:
-    """What a pipeline made of each prompt: frames ``[T, 3, H, W]`` and last latents, float32."""
-
-    frames: list[Tensor]
-    latents: list[Tensor]
-
-
 def method_of(name: str) -> tuple[str, Row]:
     """Return a row's method and its options."""
     method = name.split(" ")[0].rstrip(",")
     return method, {**BLOCKS.get(method, {"block_size": BLOCK}), **({**METHODS, **STUDY}[name])}
-
-
-def generate_all(
-    pipe: Any, requests: Sequence[GenerationRequest], batch: int, extra: Row | None = None
-) -> Clips:
-    """Generate requests that differ in prompt and seed alone, ``batch`` at once."""
-    pipe.set_progress_bar_config(disable=True)
-    clips = Clips([], [])
-    for start in range(0, len(requests), batch):
-        now = requests[start : start + batch]
-        last: dict[str, Tensor] = {}
-
-        def keep(_pipe: Any, _step: int, _time: Any, kwargs: Row, last: Any = last) -> Row:
-            last["latents"] = kwargs["latents"]
-            return kwargs
-
-        output = pipe(
-            **pipeline_arguments(pipe, now[0]) | {"prompt": [request.prompt for request in now]},
-            **(extra or {}),
-            generator=[torch.Generator().manual_seed(request.seed) for request in now],
-            output_type="pt",
-            callback_on_step_end=keep,
-        )
-        frames = output.frames if hasattr(output, "frames") else output.images[:, None]
-        clips.frames.extend(frames.float())
-        clips.latents.extend(last["latents"].float())
-    return clips
 
 
 def probe_layout(pipe: Any, request: GenerationRequest, extra: Row | None = None) -> TokenLayout:
@@ -277,20 +248,10 @@ def follows(read: Any, frames: Tensor, entry: Row) -> float:
 def measure_model(model: str, args: argparse.Namespace) -> Row:
     """Make the missing rows of one model and return all of its file."""
     device = pick_device(args.device)
-    defaults = asdict(generation_defaults(model))
-    del defaults["fps"]
-    world = defaults.pop("world")
-    if world is None:
-        raise OptionError(f"{model} belongs to no drawn world: nothing reads what it draws.")
-    given = {name: getattr(args, name) for name in ("steps", "frames", "height", "width")}
-    settings: Row = {**defaults, **{name: v for name, v in given.items() if v is not None}}
-    entries = fixed_prompts(world)[: args.prompts]
-    requests = [
-        GenerationRequest(prompt=entry["prompt"], seed=seed, **settings)
-        for seed, entry in enumerate(entries)
-    ]
+    prompts = Prompts.of(model, args)
+    entries, requests = prompts.entries[: args.prompts], prompts.requests[: args.prompts]
     stem = Path(model).name
-    content: Row = {"model": stem, "settings": {**settings, "prompts": len(requests)}}
+    content: Row = {"model": stem, "settings": {**prompts.settings, "prompts": len(requests)}}
     content["settings"] |= {
         "text_tokens": args.text_tokens,
         "block": BLOCK,
@@ -314,14 +275,13 @@ def measure_model(model: str, args: argparse.Namespace) -> Row:
     if not todo:
         return content
 
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    pipe = load_pipeline(model, device=device, dtype=dtype)
+    pipe = load(model, args.dtype, device)
     batch = args.batch or (4 if device == "cpu" else 16)
     extra = {} if args.text_tokens is None else {"max_sequence_length": args.text_tokens}
     layout = probe_layout(pipe, requests[0], extra)
     content["layout"] = {**asdict(layout), "tokens": layout.num_tokens}
     dense = generate_all(pipe, requests, batch, extra)
-    read = make_reader(world, device)
+    read = make_reader(prompts.world, device)
     dense_follows = [follows(read, *pair) for pair in zip(dense.frames, entries, strict=True)]
     context = Context(requests, entries, batch, layout, dense, dense_follows, read, extra)
     for name, density in todo:
@@ -394,24 +354,18 @@ def _base(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["tiny-wan"], help="names or folders")
+    parser = options_of(__doc__)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--density", type=float, nargs="*", default=[0.25, 0.15, 0.5, 0.1])
     parser.add_argument("--study", action="store_true", help="also the variants for decisions")
     parser.add_argument("--plot", action="store_true", help="also fidelity.png and .svg")
     parser.add_argument("--prompts", type=int, default=16, help="the first so many of 64")
     parser.add_argument("--batch", type=int, help="prompts at once; 16 on a GPU, 4 on a CPU")
-    for name in ("steps", "frames", "height", "width"):
-        parser.add_argument(f"--{name}", type=int, help="the model's own by default")
+    add_sizes(parser)
     parser.add_argument(
         "--text-tokens", type=int, help="the pipeline's max_sequence_length; its own by default"
     )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--commit")
-    parser.add_argument("--force", action="store_true", help="start the files again")
+    add_machine_and_files(parser)
     args = parser.parse_args()
     with torch.no_grad():
         contents = list(map(partial(measure_model, args=args), args.models))

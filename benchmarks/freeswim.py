@@ -36,9 +36,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fidelity import generate_all
 from freeswim_steps import SIZES, MemoryBench, StepBench, now, step_tasks, with_ratios
 from PIL import Image, ImageDraw
+from shared import generate_all
 from torch import Tensor
 
 from dit_accel import FreeSwim, accelerate_pipeline, acceleration_report, restore_pipeline

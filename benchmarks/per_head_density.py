@@ -15,22 +15,22 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from fidelity import (
-    BLOCKS,
-    RESULTS,
-    SCHEDULE,
+from fidelity import BLOCKS, SCHEDULE, at_density, densities, probe_layout
+from shared import (
     Clips,
-    at_density,
-    densities,
+    Prompts,
+    Row,
+    add_machine_and_files,
+    add_sizes,
     generate_all,
-    probe_layout,
+    load,
+    options_of,
 )
 
 from dit_accel import accelerate_pipeline, acceleration_report, restore_pipeline
@@ -38,17 +38,12 @@ from dit_accel.bench.measuring import guarded, manifest
 from dit_accel.bench.runs import ResultFile
 from dit_accel.calibration import calls_for
 from dit_accel.environment import pick_device
-from dit_accel.errors import OptionError
 from dit_accel.eval.fidelity import psnr, relative_l1
-from dit_accel.generation import GenerationRequest
 from dit_accel.methods.base import StaticMethod
-from dit_accel.models import generation_defaults, load_pipeline
 from dit_accel.per_head.curves import HeadCurves, measure_curves
 from dit_accel.per_head.sharing import per_head_method
 from dit_accel.registry import resolve_method
-from dit_accel.world.worlds import fixed_prompts
 
-Row = dict[str, Any]
 METHODS = ("pisa", "psa", "gna", "gna + remainder", "rectified", "radial", "radial + remainder",
            "sliding_window", "sliding_window + remainder")  # fmt: skip
 
@@ -59,22 +54,12 @@ class ModelBench:
     def __init__(self, model: str, args: argparse.Namespace) -> None:
         self.model, self.args = model, args
         self.device = pick_device(args.device)
-        defaults = asdict(generation_defaults(model))
-        del defaults["fps"]
-        world = defaults.pop("world")
-        if world is None:
-            raise OptionError(f"{model} belongs to no drawn world, which has fixed prompts.")
-        given = {name: getattr(args, name) for name in ("steps", "frames", "height", "width")}
-        settings: Row = {**defaults, **{k: v for k, v in given.items() if v is not None}}
-        requests = [
-            GenerationRequest(prompt=entry["prompt"], seed=seed, **settings)
-            for seed, entry in enumerate(fixed_prompts(world))
-        ]
-        self.requests = requests[: args.prompts]
-        self.others = requests[-args.calibrated :]
+        prompts = Prompts.of(model, args)
+        self.requests = prompts.requests[: args.prompts]
+        self.others = prompts.requests[-args.calibrated :]
         self.batch = args.batch or (1 if self.device == "cpu" else len(self.requests))
         self.settings = {
-            **settings,
+            **prompts.settings,
             "prompts": args.prompts,
             "calibrated": args.calibrated,
             "dtype": args.dtype,
@@ -87,8 +72,7 @@ class ModelBench:
     def prepare(self) -> None:
         """Load the pipeline and generate densely."""
         if self.pipe is None:
-            dtype = None if self.args.dtype == "auto" else getattr(torch, self.args.dtype)
-            self.pipe = load_pipeline(self.model, device=self.device, dtype=dtype)
+            self.pipe = load(self.model, self.args.dtype, self.device)
             self.layout = probe_layout(self.pipe, self.requests[0])
             self.dense = self._generate()
 
@@ -221,8 +205,7 @@ def summary(contents: list[Row]) -> Row:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["tiny-wan"], help="names or folders")
+    parser = options_of(__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--density", type=float, nargs="+", default=[0.25, 0.15])
     parser.add_argument("--prompts", type=int, default=16, help="the first so many of 64")
@@ -230,13 +213,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="prompts at once; all on a GPU, 1 on a CPU")
     parser.add_argument("--latents-only", action="store_true", help="decode nothing: a trial")
     parser.add_argument("--seconds", type=float, help="begin no row of a model after this long")
-    for name in ("steps", "frames", "height", "width"):
-        parser.add_argument(f"--{name}", type=int, help="the model's own by default")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--commit")
-    parser.add_argument("--force", action="store_true", help="start the files again")
+    add_sizes(parser)
+    add_machine_and_files(parser)
     args = parser.parse_args()
     with torch.no_grad():
         contents = list(map(partial(measure_model, args=args), args.models))
