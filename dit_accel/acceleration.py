@@ -88,14 +88,12 @@ def accelerate_pipeline(
             steps, or ``(first, last)``. None: as published for this method and family.
         dense_layers: number of first layers that stay dense, or their indices. None likewise.
         min_tokens: video tokens under which everything stays dense. None: 2048.
-        backend: "auto", or the operator that must run: "hopper", "triton", "flash-attn-4", "flex",
-            "torch".
+        backend: "auto", or what must run: "hopper", "triton", "flash-attn-4", "flex" or "torch".
         precision: what the sparse kernel rounds to: "fp8" (everything in e4m3), "int8_fp8"
             (queries and keys in int8: nearer to exact) or "int8" (queries and keys alone; from
             compute capability 8.0 on, the others from 8.9). None: the tensors' own dtype. Needs a
             method without pooled blocks, and float16 or bfloat16.
-        compile: whether to compile the transformer's repeated blocks, one by one, with
-            ``torch.compile``; a mapping gives its keyword arguments. The first step takes longer.
+        compile: whether to compile repeated blocks; a mapping has arguments of ``torch.compile``.
         guard: compare sparse attention with dense in a few rows, and compute densely what is too
             wrong: True or "on", also None; False or "off"; a `QualityGuard` or its options.
         min_psnr, max_error: budgets instead of knobs: the fastest setting with which nine prompts
@@ -111,8 +109,7 @@ def accelerate_pipeline(
             if made with another model, GPU or version, or for another size or number of steps.
         per_head: True shares ``density`` out among layers and heads by what each loses, measured on
             ``probe``; or the file of such densities (see `dit_accel.per_head`).
-        progress: told of every generation while a budget is settled: what it is for, how many are
-            done, and of how many (0: not known).
+        progress: told of each generation that is tried: for what, how many so far, in all (or 0).
         options: options of the methods given by name, e.g. ``decay=0.5``; a dict under a method's
             name goes to that method alone, e.g. ``radial={"decay": 0.5}``.
 
@@ -129,8 +126,7 @@ def accelerate_pipeline(
     general: dict[str, Any] = {"density": density, "backend": backend, "precision": precision}
     general |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "min_tokens": min_tokens}
     wish = dict[str, Any](min_psnr=min_psnr, max_error=max_error, target_speedup=target_speedup)
-    wish |= {"probe": probe, "calibration": calibration, "per_head": per_head or None}
-    wish |= {"progress": progress}
+    wish |= dict(probe=probe, calibration=calibration, per_head=per_head or None, progress=progress)
     acceleration = _prepare(pipe, method, general, compile, wish, options)
     acceleration.runtime.guard = make_guard(guard, acceleration.runtime.attends)
     _replace(pipe, acceleration)

@@ -33,6 +33,7 @@ from dit_accel.generation import (
 )
 from dit_accel.guard.records import GuardReport, finite_or_none
 from dit_accel.models import generation_defaults, load_pipeline, pipeline_outline
+from dit_accel.registry import method_class
 from dit_accel.report import AccelerationReport
 from dit_accel.world.worlds import unknown_words
 
@@ -261,8 +262,11 @@ def settled(order: Order, report: AccelerationReport) -> tuple[str, dict[str, An
     if choice is None:
         return order.methods, dict(order.options), ""
     setting = Setting() if choice.chosen is None else choice.chosen.setting
-    guard = {name: value for name, value in order.options.items() if name not in BUDGETS}
-    return ",".join(setting.methods), {**setting.options, **guard}, f"chosen for {choice.budget}"
+    options = {**setting.options, **order.options}
+    if all(method_class(name).kind != "attention" for name in setting.methods):
+        options.pop("guard", None)  # it would have nothing to look at
+    kept = {name: value for name, value in options.items() if name not in BUDGETS}
+    return ",".join(setting.methods), kept, f"chosen for {choice.budget}"
 
 
 def chosen_content(report: AccelerationReport) -> dict[str, Any]:

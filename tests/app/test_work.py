@@ -101,9 +101,9 @@ def counted(monkeypatch, tmp_path):
 def test_a_budget_chooses_and_says_why(
     studio, settings, video_model, tmp_path, monkeypatch, counted
 ):
-    asked = given(video_model, steps=12, compare=False, tried=1, way="budget", guard=True)
+    asked = given(video_model, steps=12, compare=False, tried=1, way="budget", guard=False)
     wish = wishes({**asked, "goal": "target_speedup", "amount": 1.2, "guard_error": 0.6})
-    assert wish == {"target_speedup": 1.2}
+    assert wish == {"target_speedup": 1.2, "guard": False}
     followed, told = job(), []
     monkeypatch.setattr(followed, "report", lambda *stage: told.append(stage))
     name = studio.generate(followed, check_order(settings, asked, "auto", [], wish))
@@ -117,8 +117,9 @@ def test_a_budget_chooses_and_says_why(
     assert f"{taken['setting']} (chosen)" in shown
     assert shown.count(why.replace("'", "&#39;")) == 1
 
-    # The code names what was chosen, and so repeats it without trying anew.
+    # The code names what was chosen, a cache, which needs no guard: nothing is tried anew.
     assert "target_speedup" not in content["code"]
+    assert "guard" not in content["code"]
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(compile(content["code"], "snippet", "exec"), names)

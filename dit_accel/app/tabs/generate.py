@@ -197,8 +197,14 @@ class GenerationTab:
         return {name: values[component] for name, component in self.controls.items()}
 
     def _prepare(self, given: dict[str, Any]) -> Callable[[Job], str]:
-        names, assignments = self._methods_by_hand(given) if is_by_hand(given) else ([AUTO], [])
-        order = check_order(self.site.settings, given, ",".join(names), assignments, wishes(given))
+        wish = wishes(given)
+        names: list[str] = [AUTO]
+        assignments: list[str] = []
+        if is_by_hand(given):
+            names, assignments = self._methods_by_hand(given)
+            if not self.chosen_kind(given, "attention"):
+                wish.pop("guard", None)  # it would have nothing to look at
+        order = check_order(self.site.settings, given, ",".join(names), assignments, wish)
         return lambda job: self.site.studio.generate(job, order)
 
     def _methods_by_hand(self, given: Mapping[str, Any]) -> tuple[list[str], list[str]]:
