@@ -235,7 +235,7 @@ def test_measured_rows_are_those_of_the_results(hooks):
     shown = rows.measured("easycache", "cache")
     assert shown.count("| tiny-wan |") == len(own)
     assert all(f"{row['psnr_db']:.1f} dB" in shown for row in own)
-    assert "gna-0.15-fp8" in rows.measured("gna", "attention")
+    assert "gna-0.15-compiled" in rows.measured("gna", "attention")
     assert "gna-0.15" not in rows.measured("radial", "attention")
     assert rows.measured("slg", "guidance") == rows.NOTHING
 
