@@ -66,6 +66,10 @@ class QualityWarning(UserWarning):
     """Sparse attention was too far from dense attention, or not finite."""
 
 
+class SpeedWarning(UserWarning):
+    """Sparse attention that was asked for by name is slower than dense attention here."""
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest of ``valid``, followed by the whole list."""
     names = sorted(valid)

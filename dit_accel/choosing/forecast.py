@@ -6,6 +6,7 @@ generation, once the dense first steps have shown what a forward takes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ from torch import nn
 from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.choosing.budget import WORTHWHILE
 from dit_accel.choosing.cost import CostModel, Workload
+from dit_accel.choosing.pace import Pace
 from dit_accel.choosing.times import AttentionTimes, Place
 from dit_accel.errors import DitAccelError, OptionError
+from dit_accel.parallel.split import Split
 from dit_accel.report import forward_seconds
 from dit_accel.session import Forward, Session
 
@@ -45,7 +48,7 @@ class Forecast(Session):
         """Begin without any knowledge."""
         self._dense_s: dict[Place, float] = {}
         self._reasons: dict[TokenLayout, str | None] = {}
-        self._running: tuple[Place, int] | None = None
+        self._running: tuple[Place, int, Split | None] | None = None
         self._settled: set[TokenLayout] = set()  # for the generation under way
         self._layers, self._shape, self._begun = 0, (0, 0), 0
 
@@ -66,7 +69,8 @@ class Forecast(Session):
         if running is None or running.layouts[0] in self._settled:
             return
         shape = *self._shape, len(latents), latents.dtype, latents.device
-        self._running = Place(running.layouts[0], *shape), len(self.runtime.recorder.calls)
+        before = len(self.runtime.recorder.calls)
+        self._running = Place(running.layouts[0], *shape), before, running.split
 
     def leave(self, output: Any) -> None:
         """After a dense forward, decide about the next ones."""
@@ -74,7 +78,7 @@ class Forecast(Session):
         recorder = self.runtime.recorder
         if running is None or output is None or not recorder.forwards:
             return
-        place, first = running
+        place, first, split = running
         calls = recorder.calls[first:]
         if not calls:
             return
@@ -83,28 +87,44 @@ class Forecast(Session):
             return
         spent = sum(forward_seconds(recorder.forwards[-1:]).values())
         self._dense_s[place] = min(spent, self._dense_s.get(place, spent))
-        self._decide(place)
+        self._decide(place, split)
 
     def dense_reason(self, call: AttentionCall) -> str | None:
         """Return why calls of this layout had better be dense; None if they may be sparse."""
         return self._reasons.get(call.layout) if self.binding else None
 
-    def _decide(self, place: Place) -> None:
+    def _decide(self, place: Place, split: Split | None) -> None:
         runtime = self.runtime
-        if runtime.method is None or place.layout.video_length < runtime.schedule.min_tokens:
+        if place.layout.video_length < runtime.schedule.min_tokens:
             return
+        told = self._speedup(place, 1 if split is None else split.group.ranks)
+        if split is not None:
+            # All ranks must decide alike: where one can't tell, none does.
+            told = split.group.mean(math.nan if told is None else told, place.device)
+        if told is None or math.isnan(told):
+            return
+        self._tell(place, told)
+
+    def _speedup(self, place: Place, ranks: int) -> float | None:
+        """Return the speed-up of a forward past the dense steps; None if nothing can be said."""
+        runtime, method = self.runtime, self.runtime.method
+        if method is None:
+            return None
         try:
-            density, method = runtime.density, runtime.method
+            density = runtime.density
             if density is not None and density < 1:
                 method = method.at_density(density, place.layout)
             work = Workload(place, self._layers)
-            model = CostModel(work, self._dense_s[place], self.times)
+            # Each rank does its share of a forward, attention's included.
+            model = CostModel(work, self._dense_s[place] * ranks, self.times)
             layers = self._layers - len(runtime.schedule.layers)
-            told = model.speedup(method, layers=layers)
+            return model.speedup(method, layers=layers)
         except (DitAccelError, torch.OutOfMemoryError):
-            return  # the forward itself will say what is wrong; without room nothing is measured
-        if told is None:
-            return
+            return (
+                None  # the forward itself will say what is wrong; without room nothing is measured
+            )
+
+    def _tell(self, place: Place, told: float) -> None:
         what = f"{place.layout.video_length} video tokens"
         source = ", ".join(self.times.sources)
         slow = told < WORTHWHILE
@@ -116,7 +136,7 @@ class Forecast(Session):
             verdict += f"; under {WORTHWHILE}x, so attention stays dense"
         elif slow:
             verdict += ": not expected to be faster here, but it was asked for by name"
-        notes = runtime.recorder.notes
+        notes = self.runtime.recorder.notes
         notes[:] = [note for note in notes if not note.startswith(f"predicted at {what}:")]
         notes.append(verdict)
 
@@ -175,8 +195,12 @@ def watch(
     sparse = runtime.method is not None and runtime.method.name != "dense"
     if sparse and settled is None and set(methods) == {"attention"} and not runtime.precision:
         forecast = Forecast(runtime, AttentionTimes(measuring=binding), binding)
-        runtime.schedule = replace(runtime.schedule, worth=forecast.dense_reason)
-        sessions.append(forecast)
+        pace = Pace(runtime, binding)
+        runtime.schedule = replace(
+            runtime.schedule,
+            worth=lambda call: forecast.dense_reason(call) or pace.dense_reason(call),
+        )
+        sessions += [forecast, pace]
     if settled is not None and settled.grid is not None and settled.steps is not None:
         sessions.append(Expected(runtime, settled.source, settled.grid, settled.steps))
     runtime.sessions = tuple(sessions)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
-from dit_accel.errors import QualityWarning, UnknownWordsWarning
+from dit_accel.errors import QualityWarning, SpeedWarning, UnknownWordsWarning
 
 if TYPE_CHECKING:
     from dit_accel.generation import Progress
@@ -36,7 +36,7 @@ def plain_warnings() -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if issubclass(category, UnknownWordsWarning | QualityWarning):
+            if issubclass(category, UnknownWordsWarning | QualityWarning | SpeedWarning):
                 console = Console(stderr=True)
                 console.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
             else:

@@ -80,3 +80,9 @@ class SequenceGroup:
                 f"{heads} heads can't be shared by {self.ulysses.size} Ulysses ranks: choose "
                 f"ulysses out of {fits}, and put other ranks on the ring (ring=...)."
             )
+
+    def mean(self, value: float, device: torch.device) -> float:
+        """Return the mean of all ranks' values, which is the same number on all of them."""
+        total = torch.tensor([value], dtype=torch.float64, device=device)
+        total = self.ring.all_reduce(self.ulysses.all_reduce(total))
+        return float(total.item()) / self.ranks
