@@ -41,6 +41,9 @@ class PerHead(AttentionMethod):
         base: the method, as it was before it had a density.
         density: the mean over all heads, at which a method sets what its heads have in common.
         densities: of every layer's heads, in (0, 1].
+        ordered_at: density at which a static method puts the tokens into an order for all heads;
+            None for the order that it has without a density. A window of other size needs another
+            order: GNA's of 3 x 3 x 9 tokens computes 1.6 times the pairs in that of its default.
     """
 
     name: ClassVar[str] = "per_head"
@@ -48,6 +51,7 @@ class PerHead(AttentionMethod):
     base: AttentionMethod
     density: float
     densities: tuple[tuple[float, ...], ...]
+    ordered_at: float | None = None
 
     def __post_init__(self) -> None:
         """Take the method's name, and check that it can be told apart by head."""
@@ -71,7 +75,15 @@ class PerHead(AttentionMethod):
 
     def token_order(self, grid: Grid) -> TokenOrder:
         """Return the method's own; see `AttentionMethod.token_order`."""
-        return self.base.token_order(grid)
+        if self.ordered_at is None:
+            return self.base.token_order(grid)
+        if grid not in self._orders:
+            self._orders[grid] = order_at(self.base, self.ordered_at, grid)
+        return self._orders[grid]
+
+    @cached_property
+    def _orders(self) -> dict[Grid, TokenOrder]:
+        return {}
 
     def plan(
         self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, order: TokenOrder
@@ -189,6 +201,11 @@ def at_level(base: Base, density: float, layout: TokenLayout) -> Base:
         return base.at_density(density, layout)
     except DensityUnreachableError as error:
         return base.at_density(error.least, layout)
+
+
+def order_at(base: AttentionMethod, density: float, grid: Grid) -> TokenOrder:
+    """Return the order of tokens that a method has at a density."""
+    return at_level(base, density, TokenLayout(grid)).token_order(grid)
 
 
 def check_base(base: AttentionMethod) -> None:

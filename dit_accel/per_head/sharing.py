@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from dit_accel.calibration import PipelineCall, bundled_calls
 from dit_accel.calibration_file import circumstances, fingerprint
 from dit_accel.errors import OptionError
 from dit_accel.files import write_text
+from dit_accel.grid import TokenOrder
 from dit_accel.kinds import Method
-from dit_accel.methods.base import AttentionMethod
+from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.per_head.allocation import allocate
 from dit_accel.per_head.curves import HeadCurves, measure_curves
-from dit_accel.per_head.method import PerHead, check_base
+from dit_accel.per_head.method import PerHead, at_level, check_base, order_at
 from dit_accel.schedule import Schedule
 from dit_accel.tuning_file import cache_folder
 
@@ -72,8 +73,43 @@ def per_head_method(
     density: float,
     dense_layers: frozenset[int] = frozenset(),
 ) -> PerHead:
-    """Return ``method`` with densities of the least total error whose mean cost is ``density``."""
+    """Return ``method`` with densities of the least total error whose mean cost is ``density``.
+
+    All heads of a static method share one order of the tokens, in which each level has its cost:
+    of the levels' own orders, that with the least total error is taken.
+    """
     method.at_density(density, curves.layout)  # refuses what it can't reach
+    if not isinstance(method, StaticMethod):
+        return _shared(method, curves, curves.cost, density, dense_layers)[1]
+    layout = curves.layout
+    patterns = [at_level(method, level, layout) for level in curves.levels]
+    orders: dict[TokenOrder, float] = {}
+    for level in curves.levels:
+        orders.setdefault(order_at(method, level, layout.grid), level)
+    found = []
+    for order, level in orders.items():
+        # Some layers may see fewer tokens than the layout has: what the order changes is a factor.
+        factors = [
+            pattern.block_density(layout, order) / pattern.block_density(layout)
+            for pattern in patterns
+        ]
+        cost = [
+            tuple(min(c * f, 1.0) for c, f in zip(of_layer, factors, strict=True))
+            for of_layer in curves.cost
+        ]
+        error, shared = _shared(method, curves, cost, density, dense_layers)
+        found.append((error, level, replace(shared, ordered_at=level)))
+    return min(found, key=lambda one: one[:2])[2]
+
+
+def _shared(
+    method: AttentionMethod,
+    curves: HeadCurves,
+    cost: Sequence[tuple[float, ...]],
+    density: float,
+    dense_layers: frozenset[int],
+) -> tuple[float, PerHead]:
+    """Return the total error, infinite if the cost is over the budget, and the method."""
     places = [
         (layer, head)
         for layer, heads in enumerate(curves.error)
@@ -81,13 +117,16 @@ def per_head_method(
         if layer not in dense_layers
     ]
     of_heads = [
-        list(zip(curves.cost[layer], curves.error[layer][head], strict=True))
-        for layer, head in places
+        list(zip(cost[layer], curves.error[layer][head], strict=True)) for layer, head in places
     ]
     table = [[1.0] * len(heads) for heads in curves.error]
-    for (layer, head), level in zip(places, allocate(of_heads, density), strict=True):
+    chosen = allocate(of_heads, density)
+    for (layer, head), level in zip(places, chosen, strict=True):
         table[layer][head] = curves.levels[level]
-    return PerHead(method, density, tuple(map(tuple, table)))
+    of_chosen = [curve[level] for curve, level in zip(of_heads, chosen, strict=True)]
+    spent = sum(c for c, _ in of_chosen) / max(len(places), 1)
+    error = sum(e for _, e in of_chosen) if spent <= density + 1e-6 else float("inf")
+    return error, PerHead(method, density, tuple(map(tuple, table)))
 
 
 def curves_of(
