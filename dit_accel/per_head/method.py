@@ -41,9 +41,9 @@ class PerHead(AttentionMethod):
         base: the method, as it was before it had a density.
         density: the mean over all heads, at which a method sets what its heads have in common.
         densities: of every layer's heads, in (0, 1].
-        ordered_at: density at which a static method puts the tokens into an order for all heads;
-            None for the order that it has without a density. A window of other size needs another
-            order: GNA's of 3 x 3 x 9 tokens computes 1.6 times the pairs in that of its default.
+        order: of the tokens, for the heads of a static method together; None for the one that the
+            method has without a density. A window of another size needs another order: one of GNA's
+            of 9 x 3 x 3 tokens computes 1.6 times the pairs in that of its default.
     """
 
     name: ClassVar[str] = "per_head"
@@ -51,7 +51,7 @@ class PerHead(AttentionMethod):
     base: AttentionMethod
     density: float
     densities: tuple[tuple[float, ...], ...]
-    ordered_at: float | None = None
+    order: TokenOrder | None = None
 
     def __post_init__(self) -> None:
         """Take the method's name, and check that it can be told apart by head."""
@@ -74,16 +74,8 @@ class PerHead(AttentionMethod):
         return self.base.softmax_gain
 
     def token_order(self, grid: Grid) -> TokenOrder:
-        """Return the method's own; see `AttentionMethod.token_order`."""
-        if self.ordered_at is None:
-            return self.base.token_order(grid)
-        if grid not in self._orders:
-            self._orders[grid] = order_at(self.base, self.ordered_at, grid)
-        return self._orders[grid]
-
-    @cached_property
-    def _orders(self) -> dict[Grid, TokenOrder]:
-        return {}
+        """Return the order set, or the method's own; see `AttentionMethod.token_order`."""
+        return self.base.token_order(grid) if self.order is None else self.order
 
     def plan(
         self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, order: TokenOrder
@@ -104,7 +96,7 @@ class PerHead(AttentionMethod):
         layer = self.densities[call.layer]
         own = slice(call.first_head, call.first_head + count)
         if isinstance(self.base, SelectingMethod):
-            at_mean = at_level(self.base, self.density, call.layout)
+            at_mean = self._at(self.density, call.layout)
             return self._selected(at_mean, layer, own, call.layout, (query, key, value), order)
         where = layer, layer[own], call.layout, order, query.device
         if where not in self._plans:
@@ -162,7 +154,17 @@ class PerHead(AttentionMethod):
         """Yield each density of a layer, its heads, and the method at that density."""
         for density in sorted(set(row)):
             heads = [head for head, own in enumerate(row) if own == density]
-            yield density, heads, at_level(self.base, density, layout)
+            yield density, heads, self._at(density, layout)
+
+    def _at(self, density: float, layout: TokenLayout) -> Any:
+        if (density, layout) not in self._methods:
+            self._methods[density, layout] = at_level(self.base, density, layout)
+        return self._methods[density, layout]
+
+    @cached_property
+    def _methods(self) -> dict[Any, AttentionMethod]:
+        """By density and layout: GNA searches its windows for a second."""
+        return {}
 
     def _selected(
         self,
@@ -201,11 +203,6 @@ def at_level(base: Base, density: float, layout: TokenLayout) -> Base:
         return base.at_density(density, layout)
     except DensityUnreachableError as error:
         return base.at_density(error.least, layout)
-
-
-def order_at(base: AttentionMethod, density: float, grid: Grid) -> TokenOrder:
-    """Return the order of tokens that a method has at a density."""
-    return at_level(base, density, TokenLayout(grid)).token_order(grid)
 
 
 def check_base(base: AttentionMethod) -> None:

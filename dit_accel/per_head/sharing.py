@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,11 @@ from dit_accel.calibration import PipelineCall, bundled_calls
 from dit_accel.calibration_file import circumstances, fingerprint
 from dit_accel.errors import OptionError
 from dit_accel.files import write_text
-from dit_accel.grid import TokenOrder
 from dit_accel.kinds import Method
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.per_head.allocation import allocate
 from dit_accel.per_head.curves import HeadCurves, measure_curves
-from dit_accel.per_head.method import PerHead, at_level, check_base, order_at
+from dit_accel.per_head.method import PerHead, at_level, check_base
 from dit_accel.schedule import Schedule
 from dit_accel.tuning_file import cache_folder
 
@@ -83,23 +83,20 @@ def per_head_method(
         return _shared(method, curves, curves.cost, density, dense_layers)[1]
     layout = curves.layout
     patterns = [at_level(method, level, layout) for level in curves.levels]
-    orders: dict[TokenOrder, float] = {}
-    for level in curves.levels:
-        orders.setdefault(order_at(method, level, layout.grid), level)
+    usual = [pattern.block_density(layout) for pattern in patterns]
     found = []
-    for order, level in orders.items():
+    for order in dict.fromkeys(pattern.token_order(layout.grid) for pattern in patterns):
         # Some layers may see fewer tokens than the layout has: what the order changes is a factor.
         factors = [
-            pattern.block_density(layout, order) / pattern.block_density(layout)
-            for pattern in patterns
+            p.block_density(layout, order) / own for p, own in zip(patterns, usual, strict=True)
         ]
         cost = [
             tuple(min(c * f, 1.0) for c, f in zip(of_layer, factors, strict=True))
             for of_layer in curves.cost
         ]
         error, shared = _shared(method, curves, cost, density, dense_layers)
-        found.append((error, level, replace(shared, ordered_at=level)))
-    return min(found, key=lambda one: one[:2])[2]
+        found.append((error, replace(shared, order=order)))
+    return min(found, key=itemgetter(0))[1]
 
 
 def _shared(
