@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -41,7 +42,7 @@ from dit_accel.environment import pick_device
 from dit_accel.eval.fidelity import psnr, relative_l1
 from dit_accel.methods.base import StaticMethod
 from dit_accel.per_head.curves import HeadCurves, measure_curves
-from dit_accel.per_head.sharing import per_head_method
+from dit_accel.per_head.sharing import at_one_density, per_head_method, shared_out
 from dit_accel.registry import resolve_method
 
 METHODS = ("pisa", "psa", "gna", "gna + remainder", "rectified", "radial", "radial + remainder",
@@ -65,6 +66,7 @@ class ModelBench:
             "dtype": args.dtype,
             "schedule": SCHEDULE,
             "latents_only": args.latents_only,
+            "always": args.always,
         }
         self.pipe: Any = None
         self.curves: dict[str, HeadCurves] = {}
@@ -92,7 +94,10 @@ class ModelBench:
             budget = method.block_density(self.layout)
         else:
             budget = row["uniform"]["sparse_density"]
-        shared = per_head_method(_base(name), self.curves[name], min(budget + 1e-6, 1.0))
+        given = _base(name), self.curves[name], min(budget + 1e-6, 1.0)
+        errors = [share(*given)[0] for share in (at_one_density, shared_out)]
+        row["predicted_gain_db"] = round(10 * math.log10(errors[0] / max(errors[1], 1e-12)), 2)
+        shared = shared_out(*given)[1] if self.args.always else per_head_method(*given)
         per_head = self._run(row, "per_head", shared, None)
         row["densities"] = shared.densities
         for what in ("psnr_db", "latent"):
@@ -184,7 +189,8 @@ def line(row: Row) -> str:
     return (
         f"{text} density {one['sparse_density']:.3f} / {other['sparse_density']:.3f}, PSNR "
         f"{one['psnr_db']:.2f} -> {other['psnr_db']:.2f} dB ({row['psnr_db_gain']:+.2f}, "
-        f"{low:+.2f} to {high:+.2f}), latent {one['latent']:.4f} -> {other['latent']:.4f}"
+        f"{low:+.2f} to {high:+.2f}), latent {one['latent']:.4f} -> {other['latent']:.4f}, "
+        f"predicted {row['predicted_gain_db']:+.2f} dB"
     )
 
 
@@ -211,6 +217,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="the first so many of 64")
     parser.add_argument("--calibrated", type=int, default=4, help="the last so many of 64")
     parser.add_argument("--batch", type=int, help="prompts at once; all on a GPU, 1 on a CPU")
+    parser.add_argument("--always", action="store_true", help="share out also where it pays little")
     parser.add_argument("--latents-only", action="store_true", help="decode nothing: a trial")
     parser.add_argument("--seconds", type=float, help="begin no row of a model after this long")
     add_sizes(parser)

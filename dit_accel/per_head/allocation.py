@@ -9,6 +9,7 @@ left of the budget at the end is less than one step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -56,6 +57,19 @@ def convex_hull(curve: Curve) -> list[int]:
             hull.pop()
         hull.append(at)
     return hull
+
+
+def interpolated(curve: Curve, cost: float) -> float:
+    """Return the error at a cost between levels, a power law between the two next to it."""
+    below = max((point for point in curve if point[0] <= cost), default=min(curve))
+    above = min((point for point in curve if point[0] >= cost), default=max(curve))
+    if below[0] >= above[0]:
+        return below[1]
+    if min(below[1], above[1]) <= 0:
+        share = (cost - below[0]) / (above[0] - below[0])
+        return (1 - share) * below[1] + share * above[1]
+    share = math.log(cost / below[0]) / math.log(above[0] / below[0])
+    return below[1] ** (1 - share) * above[1] ** share
 
 
 def _slope(curve: Curve, low: int, high: int) -> float:

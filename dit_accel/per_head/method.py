@@ -61,7 +61,7 @@ class PerHead(AttentionMethod):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave the plans behind where ranks send reports: their masks can't be pickled."""
-        return PerHead, (self.base, self.density, self.densities)
+        return PerHead, (self.base, self.density, self.densities, self.order)
 
     @property
     def pools(self) -> bool:

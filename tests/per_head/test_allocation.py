@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from dit_accel.per_head.allocation import allocate, convex_hull
+from dit_accel.per_head.allocation import allocate, convex_hull, interpolated
 
 
 def total(curves, chosen, what):
@@ -66,3 +66,11 @@ def test_alike_heads_share_alike_and_a_poor_one_gets_more():
     assert allocate(alike, 0.3) == [1, 1, 1]
     chosen = allocate([*alike, poor], 0.5)
     assert chosen[3] > max(chosen[:3])
+
+
+def test_between_levels_errors_follow_a_power_law():
+    curve = [(0.1, 8.0), (0.4, 2.0), (0.8, 1.0), (1.0, 0.0)]
+    assert interpolated(curve, 0.2) == pytest.approx(4.0)
+    assert interpolated(curve, 0.4) == 2.0
+    assert interpolated(curve, 0.9) == pytest.approx(0.5)
+    assert interpolated(curve, 0.05) == 8.0

@@ -11,7 +11,7 @@ from dit_accel.methods.gna import GNA
 from dit_accel.methods.psa import PSA
 from dit_accel.per_head.curves import HeadCurves, _reached
 from dit_accel.per_head.method import at_level
-from dit_accel.per_head.sharing import per_head_method
+from dit_accel.per_head.sharing import WORTH, at_one_density, per_head_method, shared_out
 
 LAYOUT = TokenLayout((5, 12, 12))
 METHODS = {
@@ -39,8 +39,8 @@ def test_alike_heads_do_what_the_method_does_at_the_density(name, density):
     curves = curves_with(method, [1.0] * 4)
     # What a budget is made of: the density that the method really has when asked for this one.
     uniform = method.at_density(density, LAYOUT)
-    budget = uniform.block_density(LAYOUT) if isinstance(method, GNA) else density
-    shared = per_head_method(method, curves, budget + 1e-6)
+    budget = uniform.block_density(LAYOUT) + 1e-6 if isinstance(method, GNA) else density
+    shared = per_head_method(method, curves, budget)
     (level,) = {density for row in shared.densities for density in row}
     assert at_level(method, level, LAYOUT) == uniform
     assert shared.token_order(LAYOUT.grid) == uniform.token_order(LAYOUT.grid)
@@ -82,3 +82,16 @@ def test_another_order_changes_what_heads_cost():
     usual = METHODS["gna"].token_order(LAYOUT.grid)
     assert small.block_density(LAYOUT, usual) > 1.1 * small.block_density(LAYOUT)
     assert replace(small, window=1.0).block_density(LAYOUT, usual) == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_heads_that_differ_little_keep_one_density(name):
+    method = METHODS[name]
+    curves = curves_with(method, [1.0, 1.2, 1.0])
+    assert (
+        len({density for row in per_head_method(method, curves, 0.3).densities for density in row})
+        == 1
+    )
+    even, _ = at_one_density(method, curves, 0.3)
+    shared, _ = shared_out(method, curves, 0.3)
+    assert WORTH * even < shared
