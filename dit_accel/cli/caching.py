@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dit_accel.cli.options import parse_options, pick_dtype
+from dit_accel.cli.options import GuardError, GuardSwitch, guard_options, parse_options, pick_dtype
 from dit_accel.cli.output import plain_warnings, print_json, progress_bars, quieten_libraries
 from dit_accel.errors import OptionError
 
@@ -129,6 +129,8 @@ def calibrate(
     guidance: Guidance = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    guard: GuardSwitch = None,
+    guard_error: GuardError = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -150,13 +152,14 @@ def calibrate(
     quieten_libraries()
     _check_goals(method, fit, options, min_psnr)
     own = parse_options(method, options or [], general=()) if method else {}
+    own |= guard_options(guard, guard_error)
     _check_output(output)
     check_outputs([output], force=force)
     requests = _requests(model, prompts, limit, steps, frames, height, width, guidance)
     place, precision = pick_device(device), pick_dtype(dtype)
     if method == "auto":
         budget = {"min_psnr": min_psnr, "max_error": max_error, "target_speedup": target_speedup}
-        _choose(output, model, requests, (place, precision), budget, as_json)
+        _choose(output, model, requests, (place, precision), budget, own, as_json)
         return
     found: Calibration | None = None
     with plain_warnings(), progress_bars() as progress:
@@ -206,6 +209,7 @@ def _choose(
     requests: list[GenerationRequest],
     where: tuple[str, Any],
     budget: dict[str, float | None],
+    general: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Try settings for a budget, and write what was measured."""
@@ -217,7 +221,8 @@ def _choose(
     asked = Budget(**budget) if any(budget.values()) else Budget(min_psnr=USUAL_PSNR)
     with plain_warnings(), progress_bars() as progress:
         pipe = load_pipeline(model, device=where[0], dtype=where[1])
-        made = calibrate_auto(pipe, asked, calls_for(pipe, requests), progress=progress)
+        calls = calls_for(pipe, requests)
+        made = calibrate_auto(pipe, asked, calls, general=general, progress=progress)
     made.save(output)
     if as_json:
         print_json(made.choice.to_dict())

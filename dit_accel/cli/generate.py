@@ -12,7 +12,14 @@ import typer
 from rich.console import Console, Group
 from rich.table import Table
 
-from dit_accel.cli.options import guard_options, names_of, parse_options, pick_dtype
+from dit_accel.cli.options import (
+    GuardError,
+    GuardSwitch,
+    guard_options,
+    names_of,
+    parse_options,
+    pick_dtype,
+)
 from dit_accel.cli.output import plain_warnings, print_json, progress_bars, quieten_libraries
 from dit_accel.errors import OptionError
 
@@ -40,17 +47,6 @@ Methods = Annotated[
 Options = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option, e.g. density=0.3. Repeatable.", metavar="NAME=VALUE"),
-]
-GuardSwitch = Annotated[
-    bool | None,
-    typer.Option(
-        "--guard/--no-guard",
-        help="Compare sparse attention with dense in a few rows, and repair it. [default: guard]",
-        show_default=False,
-    ),
-]
-GuardError = Annotated[
-    float | None, typer.Option(help="Most relative error of a head that the guard lets pass.")
 ]
 ReportPicture = Annotated[
     Path | None, typer.Option(help="A .png of layers by steps: density, error, operator.")

@@ -5,12 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import typer
 
 from dit_accel.errors import OptionError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
+
+GuardSwitch = Annotated[
+    bool | None,
+    typer.Option(
+        "--guard/--no-guard",
+        help="Compare sparse attention with dense in a few rows, and repair it. [default: guard]",
+        show_default=False,
+    ),
+]
+GuardError = Annotated[
+    float | None, typer.Option(help="Most relative error of a head that the guard lets pass.")
+]
 
 DTYPES = ("float32", "float16", "bfloat16")
 GENERAL = ("density", "dense_steps", "dense_layers", "min_tokens", "backend", "precision")
