@@ -128,7 +128,7 @@ def accelerate_pipeline(
     wish = dict[str, Any](min_psnr=min_psnr, max_error=max_error, target_speedup=target_speedup)
     wish |= dict(probe=probe, calibration=calibration, per_head=per_head or None, progress=progress)
     acceleration = _prepare(pipe, method, general, compile, wish, options)
-    acceleration.runtime.guard = make_guard(guard, acceleration.runtime.attends)
+    acceleration.guard_by(guard)
     _replace(pipe, acceleration)
     return pipe
 
@@ -301,6 +301,11 @@ class Acceleration:
         self.choice = choice
         self._name = compat.OWN_BACKENDS + uuid.uuid4().hex[:12]
         self._undo: list[Undo] = []
+
+    def guard_by(self, choice: GuardChoice) -> None:
+        """Add the quality guard. Beside a budget it may find that there is nothing to look at."""
+        idle = self.choice is not None and not self.runtime.attends
+        self.runtime.guard = make_guard(None if idle else choice, self.runtime.attends)
 
     def attach(self) -> None:
         """Install the backend and the hooks; on failure leave the pipeline as it was."""

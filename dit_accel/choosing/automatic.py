@@ -23,7 +23,7 @@ from dit_accel.choosing.times import AttentionTimes
 from dit_accel.choosing.trials import Prediction, Seen, Trials
 from dit_accel.errors import OptionError
 from dit_accel.generation import GenerationRequest, Progress
-from dit_accel.guard.options import guard_option
+from dit_accel.guard.options import guard_option, settle_guard
 from dit_accel.models import world_of
 from dit_accel.presets import AUTO_ORDER, DEFAULT
 from dit_accel.registry import list_methods, method_class
@@ -143,7 +143,7 @@ def calibrate_auto(
         OptionError: see `settle`.
     """
     calls, general = _calls(pipe, probe), _given(general or {})
-    times = AttentionTimes() if times is None else times
+    times = AttentionTimes(guard=settle_guard(general.get("guard"))) if times is None else times
     told = Prediction(times)
     trials = Trials(pipe, calls, decode=budget.max_error is None, predict=told, progress=progress)
     where = _circumstances(pipe, calls, {**general, **(options or {})}, trials.decode)

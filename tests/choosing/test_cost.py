@@ -89,7 +89,7 @@ def test_measured_times_are_kept_and_read_back(monkeypatch):
     place = Place(TokenLayout((2, 8, 8)), 2, 16)
     asked = []
 
-    def measure(method, at):
+    def measure(method, at, guard, clock):
         asked.append(method)
         return 0.25 if method is None else 0.125
 
@@ -128,7 +128,7 @@ def test_only_attention_and_blocks_that_run_take_time():
     known = AttentionTimes(measuring=False)
     place = Place(TokenLayout((1, 64, 64)), 2, 16)
     method = GNA(0.5)
-    known._known = {times._key(None, place): 0.2, times._key(method, place): 0.05}
+    known._known = {times.attention_key(None, place): 0.2, times.attention_key(method, place): 0.05}
     known._read.add(place.card)
     model = CostModel(Workload(place, layers=3, steps=10, forwards=2), 1.0, known)
     assert model.forward_s(None) == 1.0
