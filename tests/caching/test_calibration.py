@@ -82,6 +82,7 @@ def test_every_family_can_be_profiled_and_then_cached(name, tmp_path):
     subject.run()
     ran = [step.ran for step in acceleration_report(pipe).steps]
     assert {i for row in ran for i, did in enumerate(row) if not did} == set(listed)
+    assert len(found.grid) == 3
 
 
 def test_profiling_goes_on_where_it_stopped(tmp_path):
