@@ -210,10 +210,11 @@ class Bench:
     def _step(self, task: Mapping[str, Any]) -> Row:
         given = self._given(task)
         method, guard = given["method"], given["guard"] or None
+        dense = {**given, "min_tokens": self.place.layout.video_length + 1}
         found = self._in_turn(
             {
                 "stock": partial(self._timed, self._forward, None),
-                "dense": partial(self._timed, self._forward, {"method": "dense", "guard": False}),
+                "dense": partial(self._timed, self._forward, dense),
                 **self._calls(method, guard),
                 "measured": partial(self._timed, self._forward, given),
             }

@@ -45,7 +45,7 @@ def rehearse(
         guard: looks at a share of the calls; repairs are not foretold.
     """
     if method is None or guard is None:
-        return [(1.0, _call(method or Dense(), qkv, layout, None))]
+        return [(1.0, _call(method, qkv, layout, None))]
     seldom = 4 if is_short(qkv[0]) and guard.every > 1 else 1
     share = 1 / (guard.every * seldom)
     probed = replace(guard, max_error=_NEVER, every=1, layers=None)
@@ -56,13 +56,15 @@ def rehearse(
 
 
 def _call(
-    method: AttentionMethod,
+    method: AttentionMethod | None,
     qkv: tuple[Tensor, Tensor, Tensor],
     layout: TokenLayout,
     guard: QualityGuard | None,
 ) -> Callable[[], Tensor]:
     family: Any = None  # which would read a transformer's inputs
-    runtime = Runtime(None, family, method, Schedule(), "auto", None, None)
+    schedule = Schedule(min_tokens=0 if method else layout.video_length + 1)
+    method = method or Dense()
+    runtime = Runtime(None, family, method, schedule, "auto", None, None)
     runtime.guard = None if guard is None else Guard(guard)
     order, layer = method.token_order(layout.grid), torch.tensor(0)
     # Without a step no plan is kept from one call to the next.
