@@ -21,12 +21,12 @@ from dit_accel.choosing.search import Search
 from dit_accel.choosing.settings import Line, Setting, attention_lines, cache_lines
 from dit_accel.choosing.times import AttentionTimes
 from dit_accel.choosing.trials import Prediction, Seen, Trials
-from dit_accel.errors import OptionError
+from dit_accel.errors import OptionError, did_you_mean
 from dit_accel.generation import GenerationRequest, Progress
 from dit_accel.guard.options import guard_option, settle_guard
 from dit_accel.models import world_of
 from dit_accel.presets import AUTO_ORDER, DEFAULT
-from dit_accel.registry import list_methods, method_class
+from dit_accel.registry import list_methods, method_class, option_names
 from dit_accel.world.worlds import fixed_prompts
 
 Row = dict[str, Any]
@@ -145,7 +145,8 @@ def calibrate_auto(
     calls, general = _calls(pipe, probe), _given(general or {})
     times = AttentionTimes(guard=settle_guard(general.get("guard"))) if times is None else times
     told = Prediction(times)
-    trials = Trials(pipe, calls, decode=budget.max_error is None, predict=told, progress=progress)
+    decode = budget.min_psnr is not None or budget.max_error is None
+    trials = Trials(pipe, calls, decode=decode, predict=told, progress=progress)
     where = _circumstances(pipe, calls, {**general, **(options or {})}, trials.decode)
     path = kept_path(where)
     if path is not None and path.exists():
@@ -212,6 +213,26 @@ def _check(
         )
     if wish["probe"] is not None and wish["calibration"] is not None:
         raise OptionError("probe= measures anew, and calibration= is measured: leave one out.")
+    _check_options(names, options)
+
+
+def _check_options(names: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Refuse options that would not reach what is tried."""
+    for name, value in options.items():
+        cls: Any = method_class(name) if name in names and isinstance(value, Mapping) else None
+        if cls is None or cls.kind != "cache":
+            raise OptionError(
+                f"{name}=: with a budget the options of attention methods are chosen, and those of "
+                "a cache go under its name, as in easycache={'first_steps': 2}."
+            )
+        if cls.strength in value:
+            raise OptionError(
+                f"{cls.strength}= and a budget both say how strong {name} is: leave one out."
+            )
+        for option in value:
+            if option not in option_names(cls):
+                hint = did_you_mean(str(option), option_names(cls))
+                raise OptionError(f"method {name!r} has no option {option!r}.{hint}")
 
 
 def _calls(pipe: Any, probe: PipelineCall | Sequence[PipelineCall] | None) -> list[PipelineCall]:

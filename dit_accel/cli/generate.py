@@ -39,8 +39,8 @@ Output = Annotated[
 Methods = Annotated[
     list[str] | None,
     typer.Option(
-        help="See `dit-accel methods`; several of different kinds as a,b. [default: radial, or "
-        "auto with a budget]",
+        help="See `dit-accel methods`; several of different kinds as a,b, or with a budget those "
+        "to choose among. [default: radial, or auto with a budget]",
         show_default=False,
     ),
 ]
@@ -134,6 +134,7 @@ def generate(
     what was measured is kept for the next time.
     """
     from dit_accel.choosing.automatic import probe_for
+    from dit_accel.choosing.budget import Budget
     from dit_accel.files import check_outputs
     from dit_accel.generation import generate_accelerated
     from dit_accel.models import generation_defaults, load_pipeline
@@ -144,7 +145,9 @@ def generate(
     wish: dict[str, Any] = {name: value for name, value in budget.items() if value is not None}
     wish |= {} if calibration is None else {"calibration": calibration}
     methods = ",".join(method or ["auto" if wish else "radial"])
-    chosen = {**parse_options(methods, options or []), **wish, **guard_options(guard, guard_error)}
+    Budget(**budget)  # refuses impossible numbers before a model is loaded
+    own = parse_options(methods, options or [], alternatives=bool(wish))
+    chosen = {**own, **wish, **guard_options(guard, guard_error)}
     output = output or _named_after(prompt, model)
     outputs = Outputs(output, report_picture)
     _check_picture(report_picture, methods)

@@ -23,7 +23,7 @@ def test_it_predicts_measures_and_goes_on(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
         assert done.returncode == 0, done.stderr
-        return json.loads(output.read_text()), json.loads(done.stdout[done.stdout.index("\n{") :])
+        return json.loads(output.read_text()), json.loads(done.stdout[done.stdout.index("\n{\n") :])
 
     content, told = run("--methods", "gna")
     assert content["manifest"]["clock"] == "process_time"

@@ -45,7 +45,7 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "budget"), [("wan", {"max_error": 0.3}), ("flux", {"min_psnr": 20})]
+    ("name", "budget"), [("wan", {"max_error": 0.3}), ("flux", {"min_psnr": 20, "max_error": 0.9})]
 )
 def test_a_budget_is_kept_and_undone(name, budget, counted):
     build, arguments = TINY_PIPELINES[name]
@@ -175,6 +175,10 @@ def test_options_beside_a_calibration_are_what_it_was_made_with(tmp_path, counte
         ("auto", {"min_psnr": 30}, "say what to try"),
         ("auto", {"calibration": "nowhere.json"}, "can't be read"),
         ("auto", {"min_psnr": 30, "probe": [3]}, "keyword arguments of pipe"),
+        ("gna", {"min_psnr": 30, "stride": (1, 8, 8), "probe": PROMPTS}, "are chosen"),
+        ("gna", {"min_psnr": 30, "wimdow": 3, "probe": PROMPTS}, "wimdow=: with a budget"),
+        (["gna", "easycache"], {"min_psnr": 30, "easycache": {"threshold": 1}}, "both say how"),
+        (["gna", "easycache"], {"min_psnr": 30, "easycache": {"frist_steps": 1}}, "'first_steps'"),
         ("pag", {"min_psnr": 30, "probe": PROMPTS}, "no strength that a budget"),
     ],
     ids=str,
