@@ -46,7 +46,7 @@ def rehearse(
     """
     if method is None or guard is None:
         return [(1.0, _call(method, qkv, layout, None))]
-    seldom = 4 if is_short(qkv[0]) and guard.every > 1 else 1
+    seldom = 4 if is_short(layout, qkv[0].device) and guard.every > 1 else 1
     share = 1 / (guard.every * seldom)
     probed = replace(guard, max_error=_NEVER, every=1, layers=None)
     return [
