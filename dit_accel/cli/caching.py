@@ -142,7 +142,7 @@ def calibrate(
     OUTPUT holds options by method; those of other methods stay when it is replaced. Named
     caching.json in the model's folder, it is found there by itself.
     """
-    from dit_accel.caching.brought import read_calibration
+    from dit_accel.caching.brought import made_for, read_calibration
     from dit_accel.calibration import calibrate_cache, calls_for
     from dit_accel.environment import pick_device
     from dit_accel.files import check_outputs, write_text
@@ -164,6 +164,7 @@ def calibrate(
     found: Calibration | None = None
     with plain_warnings(), progress_bars() as progress:
         pipe = load_pipeline(model, device=place, dtype=precision)
+        kept = read_calibration(output, pipe) if output.exists() else {}
         by_method = fit_model(pipe, requests, progress=progress) if fit else {}
         if method is not None:
             found = calibrate_cache(
@@ -176,9 +177,9 @@ def calibrate(
                 progress=progress,
             )
             by_method[method] = found.options
-    kept = read_calibration(output) if output.exists() else {}
     result: dict[str, Any] = {
         "model": model,
+        "made_for": made_for(pipe),
         "prompts": len(requests),
         "options": {**kept, **by_method},
     }
