@@ -27,7 +27,7 @@ Rehearsal = list[tuple[float, Callable[[], Tensor]]]
 """Kinds of calls, each with its share of all."""
 
 _NEVER = 1e9
-"""Error that no head has: random tokens would trip the guard, which what it repairs would time."""
+"""Error that no head has: random tokens would trip the guard, and its repairs would be timed."""
 
 
 def rehearse(
@@ -76,9 +76,6 @@ def _call(
         runtime.recorder.calls.clear()
         if runtime.guard is not None:
             runtime.guard.records.clear()
-        output = runtime.attend(*qkv, None, None, layer)
-        if runtime.guard is not None:
-            runtime.guard.leave()  # on a GPU short calls are judged here
-        return output
+        return runtime.attend(*qkv, None, None, layer)
 
     return run

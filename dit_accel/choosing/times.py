@@ -35,6 +35,8 @@ _TABLE_FROM = 16_000
 """Tokens from which the table holds; below, launching kernels counts."""
 _MOST_ELEMENTS = 2**27
 """Of a query: larger calls are measured with a part of the heads."""
+_LAUNCHED_AHEAD = 8
+"""Short calls that a GPU is given at once, as in a forward: it does not wait for each launch."""
 _REPEATS, _MOST, _ENOUGH_S = 3, 40, 0.3
 """Runs of a call: at least, and at most; short ones are repeated until so much time is spent."""
 
@@ -201,13 +203,15 @@ def measure_seconds(
     kind: Any = {"device": place.device, "dtype": place.dtype, "generator": generator}
     query, key, value = (torch.randn(shape, **kind) for _ in range(3))
     calls = rehearse(method, (query, key, value), place.layout, guard)
+    short = place.device.type == "cuda" and place.layout.num_tokens < _TABLE_FROM
+    in_a_row = _LAUNCHED_AHEAD if short else 1
     spent: list[list[float]] = [[] for _ in calls]
     with torch.no_grad():
         for _, run in calls:
             run()
         while len(spent[0]) < _REPEATS or (len(spent[0]) < _MOST and _total(spent) < _ENOUGH_S):
             for of_call, (_, run) in zip(spent, calls, strict=True):
-                of_call.append(_timed(run, place.device, clock))
+                of_call.append(_timed(run, place.device, clock, in_a_row))
     # On a CPU others take their share of some runs; the fastest had the least of that.
     best = min if place.device.type == "cpu" else statistics.median
     mean = sum(share * best(of_call) for (share, _), of_call in zip(calls, spent, strict=True))
@@ -221,14 +225,17 @@ def times_path(card: str) -> Path | None:
     return None if folder is None else folder / f"attention-times-{slug}.json"
 
 
-def _timed(run: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
+def _timed(
+    run: Callable[[], Any], device: torch.device, clock: Callable[[], float], in_a_row: int
+) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = clock()
-    run()
+    for _ in range(in_a_row):
+        run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return clock() - start
+    return (clock() - start) / in_a_row
 
 
 def _total(spent: Sequence[Sequence[float]]) -> float:
