@@ -134,7 +134,6 @@ def generate(
     what was measured is kept for the next time.
     """
     from dit_accel.choosing.automatic import probe_for
-    from dit_accel.choosing.budget import Budget
     from dit_accel.files import check_outputs
     from dit_accel.generation import generate_accelerated
     from dit_accel.models import generation_defaults, load_pipeline
@@ -142,10 +141,8 @@ def generate(
 
     quieten_libraries()
     budget = {"min_psnr": min_psnr, "max_error": max_error, "target_speedup": target_speedup}
-    wish: dict[str, Any] = {name: value for name, value in budget.items() if value is not None}
-    wish |= {} if calibration is None else {"calibration": calibration}
+    wish = _wish(budget, calibration)
     methods = ",".join(method or ["auto" if wish else "radial"])
-    Budget(**budget)  # refuses impossible numbers before a model is loaded
     own = parse_options(methods, options or [], alternatives=bool(wish))
     chosen = {**own, **wish, **guard_options(guard, guard_error)}
     output = output or _named_after(prompt, model)
@@ -178,6 +175,15 @@ def generate(
         print_json(report)
         return
     _tell(result, outputs.all(compare))
+
+
+def _wish(budget: dict[str, float | None], calibration: Path | None) -> dict[str, Any]:
+    """Return what is asked for, once its numbers are known to be possible."""
+    from dit_accel.choosing.budget import Budget
+
+    Budget(**budget)
+    wish = {**budget, "calibration": calibration}
+    return {name: value for name, value in wish.items() if value is not None}
 
 
 def _tell(result: Result, written: list[Path]) -> None:
