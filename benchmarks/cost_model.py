@@ -76,6 +76,7 @@ class Bench:
         # Others use a CPU, too: the fastest runs had the least of that.
         self.best = min if self.device == "cpu" else statistics.median
         self._key: Any = None
+        self.forwards = 0  # of the generation that ran last
 
     def measure(self, task: Mapping[str, Any]) -> Row:
         """Predict and time one forward or one generation."""
@@ -132,6 +133,8 @@ class Bench:
         return self.pipe.transformer(**self.inputs)[0]
 
     def _generate(self) -> Any:
+        self.forwards = 0
+
         def count(*_: Any) -> None:
             self.forwards += 1
 
@@ -236,9 +239,8 @@ class Bench:
         runs["dense"] = partial(self._timed, self._generate, None)
         runs["measured"] = partial(self._timed, self._generate, given)
         found = self._in_turn(runs)
+        self._generate()  # densely, to count
         steps = self.pipe.num_timesteps
-        self.forwards = 0
-        self._generate()
         work = Workload(self.place, self.layers, steps, self.forwards // steps)
         row, run = _in_ms(found), 1 - (self.report.blocks_skipped or 0.0)
         sources = {"measured": AttentionTimes(False)}
