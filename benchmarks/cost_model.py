@@ -147,15 +147,18 @@ class Bench:
     def _timed(self, run: Callable[[], Any], accelerated: Row | None) -> float:
         """Return the seconds of a run; short ones are repeated.
 
-        Two forwards come before: the first plans and allocates, and in the first of each guidance
-        branch the guard looks at all layers.
+        Before it come two forwards, or a generation of two steps: the first forward plans and
+        allocates, and in the first of each guidance branch the guard looks at all layers.
         """
         if accelerated is not None:
             accelerate_pipeline(self.pipe, **accelerated)
         spent: list[float] = []
         try:
-            for _ in range(2 if run == self._forward else 0):
-                run()
+            if run == self._generate:
+                run_latents(self.pipe, {**self.call, "num_inference_steps": 2})
+            else:
+                for _ in range(2):
+                    run()
             while not spent or (sum(spent) < ENOUGH_S and len(spent) < 20):
                 self._synchronize()
                 start = self.clock()
