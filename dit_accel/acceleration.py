@@ -22,7 +22,7 @@ from dit_accel.choosing.forecast import watch
 from dit_accel.composition import MethodChoice, check_general, compose, members
 from dit_accel.errors import OptionError, UnknownPipelineError
 from dit_accel.guard.engine import make_guard
-from dit_accel.guard.options import GuardChoice, settle_guard
+from dit_accel.guard.options import GuardChoice, guard_option
 from dit_accel.kinds import Method
 from dit_accel.methods.base import AttentionMethod, check_density
 from dit_accel.operators import check_backend
@@ -122,13 +122,13 @@ def accelerate_pipeline(
         OptionError: on an unknown option or an impossible value. What a GPU can't run is raised by
             the first forward, as `OperatorUnavailableError`.
     """
-    settle_guard(guard)  # refuses what is impossible before anything takes time
     general: dict[str, Any] = {"density": density, "backend": backend, "precision": precision}
     general |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "min_tokens": min_tokens}
+    general["guard"] = guard_option(guard)  # so that what is tried for a wish is what will run
     wish = dict[str, Any](min_psnr=min_psnr, max_error=max_error, target_speedup=target_speedup)
     wish |= dict(probe=probe, calibration=calibration, per_head=per_head or None, progress=progress)
     acceleration = _prepare(pipe, method, general, compile, wish, options)
-    acceleration.runtime.guard = make_guard(guard, acceleration.runtime.attends)
+    acceleration.guard_by(guard)
     _replace(pipe, acceleration)
     return pipe
 
@@ -301,6 +301,11 @@ class Acceleration:
         self.choice = choice
         self._name = compat.OWN_BACKENDS + uuid.uuid4().hex[:12]
         self._undo: list[Undo] = []
+
+    def guard_by(self, choice: GuardChoice) -> None:
+        """Add the quality guard. Beside a budget it may find that there is nothing to look at."""
+        idle = self.choice is not None and not self.runtime.attends
+        self.runtime.guard = make_guard(None if idle else choice, self.runtime.attends)
 
     def attach(self) -> None:
         """Install the backend and the hooks; on failure leave the pipeline as it was."""

@@ -67,8 +67,9 @@ def check_general(choice: MethodChoice, given: Mapping[str, Any]) -> None:
     """
     chosen = members(choice)
     kinds = {(method_class(m) if isinstance(m, str) else m).kind for m in chosen}
-    # A resolution method brings attention of its own, which an operator has to run too.
-    useful = ("backend", "precision") if "resolution" in kinds else ()
+    # A resolution method brings attention of its own, which an operator has to run too. The guard
+    # may be set for whatever comes.
+    useful = ("guard", "backend", "precision") if "resolution" in kinds else ("guard",)
     useless = [n for n, value in given.items() if value not in (None, "auto") and n not in useful]
     if "attention" not in kinds and useless:
         raise OptionError(

@@ -150,8 +150,8 @@ def profile_model(
         if progress is not None:
             progress("prompts", index, len(requests))
         if (request.prompt, request.seed) not in done:
-            by_step = _profile_prompt(pipe, family, request, find, per_frame, kappa)
-            rows.append({"prompt": request.prompt, "seed": request.seed, "by_step": by_step})
+            found_here = _profile_prompt(pipe, family, request, find, per_frame, kappa)
+            rows.append({"prompt": request.prompt, "seed": request.seed, **found_here})
             found = _profile(model, family, pipe, settings, rows)
             if output is not None:
                 content = found.to_dict() | {"prompts": rows}
@@ -186,6 +186,7 @@ def _profile(
         settings=settings,
         foreground=mean(steps) if steps else (0.0,) * blocks,
         by_step=tuple(steps),
+        grid=tuple(rows[-1]["grid"]) if rows and "grid" in rows[-1] else None,
     )
 
 
@@ -196,8 +197,8 @@ def _profile_prompt(
     find: MaskFunction,
     per_frame: int,
     kappa: float,
-) -> list[list[float]]:
-    """Return each step's figure for each block, of the conditional branch."""
+) -> Row:
+    """Return each step's figure for each block, of the conditional branch, and the token grid."""
     watching = _Watching(per_frame, kappa)
     accelerate_pipeline(pipe, watching, dense_steps=0, min_tokens=0)
     runtime, by_step = pipe._dit_accel.runtime, dict[int, list[float]]()
@@ -235,4 +236,5 @@ def _profile_prompt(
         for hook in hooks:
             hook.remove()
         restore_pipeline(pipe)
-    return [by_step[step] for step in sorted(by_step)]
+    grid = list(next(iter(watching.high.values())).shape)
+    return {"by_step": [by_step[step] for step in sorted(by_step)], "grid": grid}

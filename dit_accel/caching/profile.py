@@ -30,6 +30,7 @@ class Profile:
         foreground: per block, the share of foreground tokens that get more than their share of
             attention, mean over steps and prompts.
         by_step: the same per step, then per block.
+        grid: tokens as (T, H, W) that it was measured at; None: not written down.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Profile:
     settings: dict[str, Any]
     foreground: tuple[float, ...]
     by_step: tuple[tuple[float, ...], ...] = ()
+    grid: tuple[int, ...] | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
@@ -63,7 +65,12 @@ class Profile:
                 "`dit-accel profile`."
             )
         try:
-            found = cls(**{name: content[name] for name in cls.__dataclass_fields__})
+            names = [name for name in cls.__dataclass_fields__ if name != "grid"]
+            grid = content.get("grid")  # profiles once had none
+            found = cls(
+                **{name: content[name] for name in names},
+                grid=None if grid is None else tuple(map(int, grid)),
+            )
             found = replace(found, foreground=tuple(map(float, found.foreground)))
         except (KeyError, TypeError, ValueError) as error:
             raise OptionError(

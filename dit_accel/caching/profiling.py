@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 from dit_accel.caching.base import check_count
 from dit_accel.caching.gates import Gate, RunMasks
 from dit_accel.caching.profile import Profile
-from dit_accel.caching.stack import Setting, StackCache
+from dit_accel.caching.stack import Setting, StackCache, StackSession
 from dit_accel.errors import OptionError
 from dit_accel.schedule import Steps
-from dit_accel.session import Seam, Session
+from dit_accel.session import Forward, Seam, Session
 
 PUBLISHED_STEPS = 50
 """The schedule's constants are for so many steps, and are scaled to others."""
@@ -30,7 +30,8 @@ class ProfilingCache(StackCache):
             or of ``profile``.
         uniform_below: listed blocks under this index are refreshed every ``interval`` steps, the
             others at intervals that shrink.
-        profile: a file made by ``dit-accel profile`` for this model; its lowest share is listed.
+        profile: a file made by ``dit-accel profile`` for this model; its lowest share is listed. A
+            profile of another model is refused; one of another size is noted in the report.
         fraction: share of the profiled blocks to list.
         longest, shortest: interval between refreshes at the start and at the end, for 50 steps;
             other numbers of steps scale them.
@@ -82,16 +83,16 @@ class ProfilingCache(StackCache):
 
     def session(self, pipe: Any, seam: Seam) -> Session:
         """Read the profile, if one is given, and refuse models without any list."""
-        cache = self
+        cache, profile = self, None
         if self.profile is not None:
-            transformer = getattr(pipe, "transformer", None)
-            cache = Profile.load(self.profile).applied_to(self, seam.family, transformer)
+            profile = Profile.load(self.profile)
+            cache = profile.applied_to(self, seam.family, getattr(pipe, "transformer", None))
         if not cache.blocks:
             raise OptionError(
                 "no list of background blocks is published for this model: make a profile with "
                 "`dit-accel profile` and give profile=FILE, or give blocks=(...)."
             )
-        return super(ProfilingCache, cache).session(pipe, seam)
+        return ProfiledSession(cache, seam, profile)
 
     def scope(self, num_blocks: int) -> tuple[range, ...]:
         """Return the maximal runs of consecutive blocks that are refreshed together."""
@@ -116,6 +117,32 @@ class ProfilingCache(StackCache):
             return [step in refreshed for step in range(steps)]
 
         return RunMasks({run: mask(run) for run in self.scope(setting.num_blocks)})
+
+
+class ProfiledSession(StackSession):
+    """Tells when a generation has another size than the profile that lists its blocks.
+
+    That is allowed, for profiles are meant to be made at a small size, but not silent.
+    """
+
+    def __init__(self, cache: ProfilingCache, seam: Seam, profile: Profile | None) -> None:
+        super().__init__(cache, seam)
+        self.profile = profile
+
+    def enter(self, forward: Forward) -> None:
+        """See `Session.enter`."""
+        super().enter(forward)
+        if self.profile is None or self.profile.grid is None:
+            return
+        kwargs = dict(forward.kwargs)
+        grid = self.seam.family.read_inputs(forward.transformer, kwargs).layouts[0].grid
+        if tuple(grid) == self.profile.grid:
+            return
+        self.seam.recorder.note(
+            f"the profile of {self.profile.model!r} was measured at a token grid of "
+            f"{self.profile.grid}, and this generation has {tuple(grid)}: its list of blocks is "
+            "used as it is; `dit-accel profile` makes one at this size"
+        )
 
 
 def runs(blocks: Sequence[int]) -> list[range]:

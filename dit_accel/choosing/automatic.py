@@ -21,17 +21,18 @@ from dit_accel.choosing.search import Search
 from dit_accel.choosing.settings import Line, Setting, attention_lines, cache_lines
 from dit_accel.choosing.times import AttentionTimes
 from dit_accel.choosing.trials import Prediction, Seen, Trials
-from dit_accel.errors import OptionError
+from dit_accel.errors import OptionError, did_you_mean
 from dit_accel.generation import GenerationRequest, Progress
+from dit_accel.guard.options import guard_option, settle_guard
 from dit_accel.models import world_of
 from dit_accel.presets import AUTO_ORDER, DEFAULT
-from dit_accel.registry import list_methods, method_class
+from dit_accel.registry import list_methods, method_class, option_names
 from dit_accel.world.worlds import fixed_prompts
 
 Row = dict[str, Any]
 PROMPTS = 16
 """Fixed prompts of a bundled model that are tried where none are given."""
-_GENERAL = ("dense_steps", "dense_layers", "min_tokens", "backend", "precision")
+_GENERAL = ("dense_steps", "dense_layers", "min_tokens", "backend", "precision", "guard")
 _USUAL_STEPS = 0.25
 """Dense first steps of all attention settings that are tried."""
 
@@ -91,7 +92,7 @@ def settle(
         budget = Budget(min_psnr=USUAL_PSNR)
     _check(names, general, options, wish)
     if wish["calibration"] is not None:
-        return _from_file(pipe, names, budget, Path(wish["calibration"]))
+        return _from_file(pipe, names, budget, Path(wish["calibration"]), _given(general))
     made = calibrate_auto(
         pipe,
         budget,
@@ -141,12 +142,11 @@ def calibrate_auto(
     Raises:
         OptionError: see `settle`.
     """
-    calls = _calls(pipe, probe)
-    kept = {k: v for k, v in (general or {}).items() if k in _GENERAL}
-    general = {k: v for k, v in kept.items() if v not in (None, "auto")}
-    times = AttentionTimes() if times is None else times
+    calls, general = _calls(pipe, probe), _given(general or {})
+    times = AttentionTimes(guard=settle_guard(general.get("guard"))) if times is None else times
     told = Prediction(times)
-    trials = Trials(pipe, calls, decode=budget.max_error is None, predict=told, progress=progress)
+    decode = budget.min_psnr is not None or budget.max_error is None
+    trials = Trials(pipe, calls, decode=decode, predict=told, progress=progress)
     where = _circumstances(pipe, calls, {**general, **(options or {})}, trials.decode)
     path = kept_path(where)
     if path is not None and path.exists():
@@ -162,7 +162,7 @@ def calibrate_auto(
             save(path, where, seen.to_row(), trials.points)
     refused = {**trials.refused, **search.idle}
     choice = choose(points, budget, refused, list(times.sources))
-    return Made(choice, _about(pipe), seen.to_row())
+    return Made(choice, {**_about(pipe), **_tried_with(general)}, seen.to_row())
 
 
 def probe_for(
@@ -213,6 +213,26 @@ def _check(
         )
     if wish["probe"] is not None and wish["calibration"] is not None:
         raise OptionError("probe= measures anew, and calibration= is measured: leave one out.")
+    _check_options(names, options)
+
+
+def _check_options(names: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Refuse options that would not reach what is tried."""
+    for name, value in options.items():
+        cls: Any = method_class(name) if name in names and isinstance(value, Mapping) else None
+        if cls is None or cls.kind != "cache":
+            raise OptionError(
+                f"{name}=: with a budget the options of attention methods are chosen, and those of "
+                "a cache go under its name, as in easycache={'first_steps': 2}."
+            )
+        if cls.strength in value:
+            raise OptionError(
+                f"{cls.strength}= and a budget both say how strong {name} is: leave one out."
+            )
+        for option in value:
+            if option not in option_names(cls):
+                hint = did_you_mean(str(option), option_names(cls))
+                raise OptionError(f"method {name!r} has no option {option!r}.{hint}")
 
 
 def _calls(pipe: Any, probe: PipelineCall | Sequence[PipelineCall] | None) -> list[PipelineCall]:
@@ -245,7 +265,6 @@ def lines_for(
         names = [*known, *(name for name in list_methods() if name not in known)]
     attention = [name for name in names if method_class(name).kind == "attention"]
     caches = [name for name in names if method_class(name).kind == "cache"]
-    steps = {"dense_steps": _USUAL_STEPS, "dense_layers": 0, **general}
     own = {name: {**brought_options(pipe, name), **options.get(name, {})} for name in caches}
     jsonable = {
         name: {k: list(v) if isinstance(v, tuple) else v for k, v in of.items()}
@@ -253,17 +272,32 @@ def lines_for(
     }
     if layout.video_length < general.get("min_tokens", DEFAULT.min_tokens):
         attention = []
-    lines = attention_lines(layout, steps, attention) if attention else []
+    lines = attention_lines(layout, _tried_with(general), attention) if attention else []
     return lines + (cache_lines(caches, jsonable) if caches else [])
+
+
+def _given(general: Mapping[str, Any]) -> Row:
+    """Return the options that go with all settings, as far as given, as JSON would have them."""
+    general = {**general, "guard": guard_option(general.get("guard"))}
+    given = {k: v for k, v in general.items() if k in _GENERAL and v not in (None, "auto")}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+
+
+def _tried_with(general: Mapping[str, Any]) -> Row:
+    """Return the options of all attention settings that are tried."""
+    return {"dense_steps": _USUAL_STEPS, "dense_layers": 0, **general}
 
 
 def _setting(choice: Choice) -> Setting:
     return Setting() if choice.chosen is None else choice.chosen.setting
 
 
-def _from_file(pipe: Any, names: Sequence[str], budget: Budget, path: Path) -> Settled:
+def _from_file(
+    pipe: Any, names: Sequence[str], budget: Budget, path: Path, general: Row
+) -> Settled:
     where, seen, points = load(path)
-    here = _about(pipe)
+    # An option that is left out is the file's; a guard that is left out is the usual one.
+    here = {**_about(pipe), "guard": None, **general}
     differences = [
         f"{name.replace('_', ' ')} {where.get(name)} (here: {value})"
         for name, value in here.items()
@@ -271,8 +305,8 @@ def _from_file(pipe: Any, names: Sequence[str], budget: Budget, path: Path) -> S
     ]
     if differences:
         raise OptionError(
-            f"calibration {str(path)!r} was made with {' and '.join(differences)}: make it anew "
-            "with `dit-accel calibrate --method auto`."
+            f"calibration {str(path)!r} was made with {' and '.join(differences)}: take what it "
+            "was made with, or make it anew with `dit-accel calibrate --method auto`."
         )
     if "auto" not in names:
         points = [point for point in points if set(point.setting.methods) <= set(names)]

@@ -144,6 +144,9 @@ def choose(
             f"method='auto' stays dense: nothing that was tried keeps to {budget} and is "
             f"{WORTHWHILE}x faster"
         )
+        faster = [point for point in points if point.speedup >= WORTHWHILE]
+        if faster:
+            why += f". The nearest to dense that is faster: {max(faster, key=_quality)}"
         return Choice(budget, None, why, tuple(points), refused, tuple(sources))
     if budget.target_speedup is None:
         best = max(good, key=lambda point: point.speedup)

@@ -114,6 +114,7 @@ class Forecast(Session):
             density = runtime.density
             if density is not None and density < 1:
                 method = method.at_density(density, place.layout)
+            self.times.guard = None if runtime.guard is None else runtime.guard.options
             work = Workload(place, self._layers)
             # Each rank does its share of a forward, attention's included.
             model = CostModel(work, self._dense_s[place] * ranks, self.times)

@@ -15,23 +15,19 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dit_accel import __version__
-from dit_accel.call import AttentionCall, TokenLayout
-from dit_accel.compat import dense_attention
+from dit_accel.call import TokenLayout
 from dit_accel.files import write_text
+from dit_accel.guard.options import QualityGuard
 from dit_accel.methods.base import AttentionMethod, StaticMethod
-from dit_accel.operators import choose_operator, make_operators
-from dit_accel.plan import DensePlan
 from dit_accel.tuning_file import cache_folder
 
 DENSE = "dense"
@@ -39,7 +35,10 @@ _TABLE_FROM = 16_000
 """Tokens from which the table holds; below, launching kernels counts."""
 _MOST_ELEMENTS = 2**27
 """Of a query: larger calls are measured with a part of the heads."""
-_REPEATS = 3
+_LAUNCHED_AHEAD = 8
+"""Short calls that a GPU is given at once, as in a forward: it does not wait for each launch."""
+_REPEATS, _MOST, _ENOUGH_S = 3, 40, 0.3
+"""Runs of a call: at least, and at most; short ones are repeated until so much time is spent."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,17 @@ class AttentionTimes:
 
     Attributes:
         measuring: whether calls that the table doesn't have may be measured.
+        guard: looks at some of the calls, which measured times count, and the table doesn't.
         table: `rates.json`, or another for tests: by card, then by method.
         sources: where the answers came from, for the report.
+        clock: what measured times are read from.
     """
 
     measuring: bool = True
+    guard: QualityGuard | None = None
     table: Mapping[str, Any] = field(default_factory=lambda: shipped_rates())
     sources: dict[str, None] = field(default_factory=dict)
+    clock: Callable[[], float] = time.perf_counter
     _known: dict[str, float] = field(default_factory=dict)
     _read: set[str] = field(default_factory=set)
 
@@ -95,12 +98,12 @@ class AttentionTimes:
         if found is not None:
             self.sources[f"table of {place.card}"] = None
             return found
-        key = _key(method, place)
+        key = attention_key(method, place, self.guard)
         self._read_file(place)
         if key not in self._known:
             if not self.measuring:
                 return None
-            self._known[key] = measure_seconds(method, place)
+            self._known[key] = measure_seconds(method, place, self.guard, self.clock)
             self._write_file(place)
         self.sources[f"measured on this {place.card}"] = None
         return self._known[key]
@@ -181,8 +184,15 @@ def expected_density(method: AttentionMethod, layout: TokenLayout) -> float | No
     return (asked * video + layout.num_tokens**2 - video) / layout.num_tokens**2
 
 
-def measure_seconds(method: AttentionMethod | None, place: Place) -> float:
-    """Time a call with random tokens: choosing, pooling and attending, once for all samples."""
+def measure_seconds(
+    method: AttentionMethod | None,
+    place: Place,
+    guard: QualityGuard | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Time a call with random tokens, as an accelerated pipeline runs it; see `rehearsal`."""
+    from dit_accel.choosing.rehearsal import rehearse  # it needs the runtime, which lies above
+
     heads = place.heads
     while place.batch * place.layout.num_tokens * heads * place.head_size > _MOST_ELEMENTS:
         if heads % 2:
@@ -191,14 +201,21 @@ def measure_seconds(method: AttentionMethod | None, place: Place) -> float:
     shape = place.batch, place.layout.num_tokens, heads, place.head_size
     generator = torch.Generator(place.device).manual_seed(0)
     kind: Any = {"device": place.device, "dtype": place.dtype, "generator": generator}
-    qkv = [torch.randn(shape, **kind) for _ in range(3)]
-    run = _runner(method, (qkv[0], qkv[1], qkv[2]), place)
+    query, key, value = (torch.randn(shape, **kind) for _ in range(3))
+    calls = rehearse(method, (query, key, value), place.layout, guard)
+    short = place.device.type == "cuda" and place.layout.num_tokens < _TABLE_FROM
+    in_a_row = _LAUNCHED_AHEAD if short else 1
+    spent: list[list[float]] = [[] for _ in calls]
     with torch.no_grad():
-        run()
-        spent = [_timed(run, place.device) for _ in range(_REPEATS)]
+        for _, run in calls:
+            run()
+        while len(spent[0]) < _REPEATS or (len(spent[0]) < _MOST and _total(spent) < _ENOUGH_S):
+            for of_call, (_, run) in zip(spent, calls, strict=True):
+                of_call.append(_timed(run, place.device, clock, in_a_row))
     # On a CPU others take their share of some runs; the fastest had the least of that.
-    best = min(spent) if place.device.type == "cpu" else statistics.median(spent)
-    return best * place.heads / heads
+    best = min if place.device.type == "cpu" else statistics.median
+    mean = sum(share * best(of_call) for (share, _), of_call in zip(calls, spent, strict=True))
+    return mean * place.heads / heads
 
 
 def times_path(card: str) -> Path | None:
@@ -208,43 +225,33 @@ def times_path(card: str) -> Path | None:
     return None if folder is None else folder / f"attention-times-{slug}.json"
 
 
-def _runner(
-    method: AttentionMethod | None, qkv: tuple[Tensor, Tensor, Tensor], place: Place
-) -> Any:
-    dense = partial(dense_attention, *qkv, mask=None, scale=None, backend=None)
-    if method is None:
-        return dense
-    layout = TokenLayout(place.layout.grid, place.layout.text_length)
-    order, call = method.token_order(layout.grid), AttentionCall(layout)
-    first = method.plan(call, *qkv, order)
-    if isinstance(first, DensePlan):
-        return dense
-    operator = choose_operator("auto", make_operators(), first, qkv[0]).operator
-
-    def run() -> None:
-        # A static method's plan is made once for all calls.
-        static = isinstance(method, StaticMethod)
-        plan = first if static else method.plan(call, *qkv, order)
-        if not isinstance(plan, DensePlan):
-            operator.run(*qkv, plan, None, False)
-
-    return run
-
-
-def _timed(run: Any, device: torch.device) -> float:
+def _timed(
+    run: Callable[[], Any], device: torch.device, clock: Callable[[], float], in_a_row: int
+) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
+    start = clock()
+    for _ in range(in_a_row):
+        run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return (clock() - start) / in_a_row
 
 
-def _key(method: AttentionMethod | None, place: Place) -> str:
+def _total(spent: Sequence[Sequence[float]]) -> float:
+    return sum(map(sum, spent))
+
+
+def attention_key(
+    method: AttentionMethod | None, place: Place, guard: QualityGuard | None = None
+) -> str:
+    """Return the text that a call's time is kept by."""
     layout = place.layout
-    call = f"{layout.grid}+{layout.text_length} {place.heads}x{place.head_size} b{place.batch}"
-    return f"{place.card} | {call} {place.dtype} | {DENSE if method is None else method!r}"
+    text = f"{layout.text_length}{' first' if layout.text_first else ''}"
+    call = f"{layout.grid}+{text} {place.heads}x{place.head_size} b{place.batch}"
+    # What a guard costs follows from how often it looks, and at how much.
+    by = "" if method is None or guard is None else f", guard {guard.rows}/{guard.every}"
+    return f"{place.card} | {call} {place.dtype} | {DENSE if method is None else method!r}{by}"
 
 
 def _row_name(method: AttentionMethod) -> str:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dit_accel.cli.options import parse_options, pick_dtype
+from dit_accel.cli.options import GuardError, GuardSwitch, guard_options, parse_options, pick_dtype
 from dit_accel.cli.output import plain_warnings, print_json, progress_bars, quieten_libraries
 from dit_accel.errors import OptionError
 
@@ -129,6 +129,8 @@ def calibrate(
     guidance: Guidance = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    guard: GuardSwitch = None,
+    guard_error: GuardError = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -140,7 +142,7 @@ def calibrate(
     OUTPUT holds options by method; those of other methods stay when it is replaced. Named
     caching.json in the model's folder, it is found there by itself.
     """
-    from dit_accel.caching.brought import read_calibration
+    from dit_accel.caching.brought import made_for, read_calibration
     from dit_accel.calibration import calibrate_cache, calls_for
     from dit_accel.environment import pick_device
     from dit_accel.files import check_outputs, write_text
@@ -150,17 +152,19 @@ def calibrate(
     quieten_libraries()
     _check_goals(method, fit, options, min_psnr)
     own = parse_options(method, options or [], general=()) if method else {}
+    own |= guard_options(guard, guard_error)
     _check_output(output)
     check_outputs([output], force=force)
     requests = _requests(model, prompts, limit, steps, frames, height, width, guidance)
     place, precision = pick_device(device), pick_dtype(dtype)
     if method == "auto":
         budget = {"min_psnr": min_psnr, "max_error": max_error, "target_speedup": target_speedup}
-        _choose(output, model, requests, (place, precision), budget, as_json)
+        _choose(output, model, requests, (place, precision), budget, own, as_json)
         return
     found: Calibration | None = None
     with plain_warnings(), progress_bars() as progress:
         pipe = load_pipeline(model, device=place, dtype=precision)
+        kept = read_calibration(output, pipe) if output.exists() else {}
         by_method = fit_model(pipe, requests, progress=progress) if fit else {}
         if method is not None:
             found = calibrate_cache(
@@ -173,9 +177,9 @@ def calibrate(
                 progress=progress,
             )
             by_method[method] = found.options
-    kept = read_calibration(output) if output.exists() else {}
     result: dict[str, Any] = {
         "model": model,
+        "made_for": made_for(pipe),
         "prompts": len(requests),
         "options": {**kept, **by_method},
     }
@@ -206,6 +210,7 @@ def _choose(
     requests: list[GenerationRequest],
     where: tuple[str, Any],
     budget: dict[str, float | None],
+    general: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Try settings for a budget, and write what was measured."""
@@ -217,7 +222,8 @@ def _choose(
     asked = Budget(**budget) if any(budget.values()) else Budget(min_psnr=USUAL_PSNR)
     with plain_warnings(), progress_bars() as progress:
         pipe = load_pipeline(model, device=where[0], dtype=where[1])
-        made = calibrate_auto(pipe, asked, calls_for(pipe, requests), progress=progress)
+        calls = calls_for(pipe, requests)
+        made = calibrate_auto(pipe, asked, calls, general=general, progress=progress)
     made.save(output)
     if as_json:
         print_json(made.choice.to_dict())

@@ -12,7 +12,14 @@ import typer
 from rich.console import Console, Group
 from rich.table import Table
 
-from dit_accel.cli.options import guard_options, names_of, parse_options, pick_dtype
+from dit_accel.cli.options import (
+    GuardError,
+    GuardSwitch,
+    guard_options,
+    names_of,
+    parse_options,
+    pick_dtype,
+)
 from dit_accel.cli.output import plain_warnings, print_json, progress_bars, quieten_libraries
 from dit_accel.errors import OptionError
 
@@ -32,25 +39,14 @@ Output = Annotated[
 Methods = Annotated[
     list[str] | None,
     typer.Option(
-        help="See `dit-accel methods`; several of different kinds as a,b. [default: radial, or "
-        "auto with a budget]",
+        help="See `dit-accel methods`; several of different kinds as a,b, or with a budget those "
+        "to choose among. [default: radial, or auto with a budget]",
         show_default=False,
     ),
 ]
 Options = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option, e.g. density=0.3. Repeatable.", metavar="NAME=VALUE"),
-]
-GuardSwitch = Annotated[
-    bool | None,
-    typer.Option(
-        "--guard/--no-guard",
-        help="Compare sparse attention with dense in a few rows, and repair it. [default: guard]",
-        show_default=False,
-    ),
-]
-GuardError = Annotated[
-    float | None, typer.Option(help="Most relative error of a head that the guard lets pass.")
 ]
 ReportPicture = Annotated[
     Path | None, typer.Option(help="A .png of layers by steps: density, error, operator.")
@@ -145,10 +141,10 @@ def generate(
 
     quieten_libraries()
     budget = {"min_psnr": min_psnr, "max_error": max_error, "target_speedup": target_speedup}
-    wish: dict[str, Any] = {name: value for name, value in budget.items() if value is not None}
-    wish |= {} if calibration is None else {"calibration": calibration}
+    wish = _wish(budget, calibration)
     methods = ",".join(method or ["auto" if wish else "radial"])
-    chosen = {**parse_options(methods, options or []), **wish, **guard_options(guard, guard_error)}
+    own = parse_options(methods, options or [], alternatives=bool(wish))
+    chosen = {**own, **wish, **guard_options(guard, guard_error)}
     output = output or _named_after(prompt, model)
     outputs = Outputs(output, report_picture)
     _check_picture(report_picture, methods)
@@ -179,6 +175,15 @@ def generate(
         print_json(report)
         return
     _tell(result, outputs.all(compare))
+
+
+def _wish(budget: dict[str, float | None], calibration: Path | None) -> dict[str, Any]:
+    """Return what is asked for, once its numbers are known to be possible."""
+    from dit_accel.choosing.budget import Budget
+
+    Budget(**budget)
+    wish = {**budget, "calibration": calibration}
+    return {name: value for name, value in wish.items() if value is not None}
 
 
 def _tell(result: Result, written: list[Path]) -> None:

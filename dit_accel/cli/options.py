@@ -5,12 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import typer
 
 from dit_accel.errors import OptionError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
+
+GuardSwitch = Annotated[
+    bool | None,
+    typer.Option(
+        "--guard/--no-guard",
+        help="Compare sparse attention with dense in a few rows, and repair it. [default: guard]",
+        show_default=False,
+    ),
+]
+GuardError = Annotated[
+    float | None, typer.Option(help="Most relative error of a head that the guard lets pass.")
+]
 
 DTYPES = ("float32", "float16", "bfloat16")
 GENERAL = ("density", "dense_steps", "dense_layers", "min_tokens", "backend", "precision")
@@ -18,7 +41,11 @@ GENERAL = ("density", "dense_steps", "dense_layers", "min_tokens", "backend", "p
 
 
 def parse_options(
-    method: str, assignments: Sequence[str], general: Sequence[str] = GENERAL
+    method: str,
+    assignments: Sequence[str],
+    general: Sequence[str] = GENERAL,
+    *,
+    alternatives: bool = False,
 ) -> dict[str, Any]:
     """Return keyword arguments for `accelerate_pipeline` from texts such as ``density=0.3``.
 
@@ -29,6 +56,7 @@ def parse_options(
         method: a name, or several with commas.
         assignments: texts; ``name.option=value`` is for one method alone.
         general: options allowed beside the methods' own.
+        alternatives: whether the methods are to choose among, rather than to run together.
 
     Raises:
         UnknownMethodError: if there is no such method.
@@ -60,7 +88,7 @@ def parse_options(
             values.setdefault(owner, {})[option] = value
         else:
             values[name] = value
-    _check(method, values)
+    _check(method, values, alternatives)
     return values
 
 
@@ -196,7 +224,7 @@ def _general_hints(names: Sequence[str]) -> dict[str, Any]:
     return {name: hints[name] for name in names}
 
 
-def _check(method: str, values: dict[str, Any]) -> None:
+def _check(method: str, values: dict[str, Any], alternatives: bool) -> None:
     """Refuse impossible values before a model is loaded."""
     from dit_accel.composition import check_general, compose
     from dit_accel.methods.base import check_density
@@ -213,8 +241,9 @@ def _check(method: str, values: dict[str, Any]) -> None:
     if "auto" not in names_of(method):
         check_general(names, {name: value for name, value in values.items() if name in GENERAL})
     # What an option without a default will be may only be known with the model's family.
-    if names and not any(_required(name) - given.keys() for name in names):
-        compose(names, given)
+    if alternatives or not names or any(_required(name) - given.keys() for name in names):
+        return
+    compose(names, given)
 
 
 def _required(method: str) -> set[str]:

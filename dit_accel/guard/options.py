@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from dit_accel.errors import OptionError, did_you_mean
@@ -128,6 +128,19 @@ def settle_guard(choice: GuardChoice) -> QualityGuard | None:
     raise OptionError(
         f"guard={choice!r}: give True, False, 'on', 'off' or QualityGuard(max_error=...)."
     )
+
+
+def guard_option(choice: GuardChoice) -> dict[str, Any] | bool | None:
+    """Return a choice as a JSON-ready value that equal choices share; None for the default.
+
+    Raises:
+        OptionError: see `settle_guard`.
+    """
+    guard = settle_guard(choice)
+    if guard is None:
+        return False
+    layers = None if guard.layers is None else list(guard.layers)
+    return None if guard == QualityGuard() else {**asdict(guard), "layers": layers}
 
 
 def _is_number(value: Any) -> bool:

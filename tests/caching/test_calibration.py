@@ -82,6 +82,7 @@ def test_every_family_can_be_profiled_and_then_cached(name, tmp_path):
     subject.run()
     ran = [step.ran for step in acceleration_report(pipe).steps]
     assert {i for row in ran for i, did in enumerate(row) if not did} == set(listed)
+    assert len(found.grid) == 3
 
 
 def test_profiling_goes_on_where_it_stopped(tmp_path):
@@ -198,6 +199,10 @@ def test_commands_and_a_model_that_brings_its_numbers(tmp_path, capsys):
     )
     accelerate_pipeline(pipe, "magcache")
     accelerate_pipeline(pipe, "teacache")
+    other = {**made, "made_for": {**made["made_for"], "num_layers": 40}}
+    file.write_text(json.dumps(other))
+    with pytest.raises(OptionError, match=r"for a model of .*'num_layers': 40.*make its own"):
+        accelerate_pipeline(pipe, "teacache")
     file.write_text("{}")
     with pytest.raises(OptionError, match=re.escape("is no calibration")):
         accelerate_pipeline(pipe, "teacache")

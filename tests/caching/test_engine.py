@@ -292,6 +292,17 @@ def test_a_profile_lists_its_lowest_blocks(tmp_path):
     assert Profile.load(path) == loaded
 
 
+def test_a_profile_of_another_size_serves_and_the_report_says_so(tmp_path):
+    path, subject = tmp_path / "profile.json", Subject("wan")
+    for measured_at, noted in (([9, 8, 8], True), (None, False)):
+        path.write_text(json.dumps(profile(grid=measured_at)))
+        accelerate_pipeline(subject.pipe, "profiling_cache", profile=str(path))
+        subject.run()
+        report = acceleration_report(subject.pipe)
+        assert any(not all(step.ran) for step in report.steps)
+        assert any("grid of (9, 8, 8), and this" in note for note in report.notes) == noted
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -16,6 +16,7 @@ from dit_accel.choosing.forecast import Forecast
 from dit_accel.choosing.settings import attention_lines, block_size_for, cache_lines
 from dit_accel.choosing.times import AttentionTimes
 from dit_accel.errors import OptionError
+from dit_accel.guard.options import guard_option, settle_guard
 
 PROMPTS = {"prompt": ["a", "b"], "generator": [0, 1], "num_inference_steps": 8}
 
@@ -44,7 +45,7 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "budget"), [("wan", {"max_error": 0.3}), ("flux", {"min_psnr": 20})]
+    ("name", "budget"), [("wan", {"max_error": 0.3}), ("flux", {"min_psnr": 20, "max_error": 0.9})]
 )
 def test_a_budget_is_kept_and_undone(name, budget, counted):
     build, arguments = TINY_PIPELINES[name]
@@ -124,6 +125,45 @@ def test_a_calibration_serves_its_model_its_size_and_its_steps(tmp_path, counted
         accelerate_pipeline(pipe, calibration=path)
 
 
+@pytest.mark.parametrize("guard", [None, False, {"max_error": 0.3, "layers": (0, 1)}], ids=str)
+def test_trials_have_the_guard_that_will_run(guard, counted, cache_home, tmp_path):
+    build, arguments = TINY_PIPELINES["wan"]
+    pipe, path = build(), tmp_path / "auto.json"
+    given = {"max_error": 0.9, "guard": guard, "min_tokens": 0}
+    accelerate_pipeline(pipe, "gna", **given, probe=probe_of("wan"))
+    choice = acceleration_report(pipe).choice
+    assert choice.points
+    tried = {json.dumps(point.setting.options.get("guard")) for point in choice.points}
+    assert tried == {json.dumps(guard_option(guard))}
+    run_tiny(pipe, {**arguments, "num_inference_steps": 8})
+    found = acceleration_report(pipe).guard
+    assert (None if found is None else found.options) == settle_guard(guard)
+    # What one guard measured is not taken for another's, neither from the cache folder ...
+    general = {"guard": guard, "min_tokens": 0}
+    restore_pipeline(pipe)
+    made = calibrate_auto(
+        pipe, Budget(max_error=0.9), probe_of("wan"), names=["gna"], general=general
+    )
+    assert len(list((cache_home / "choices").iterdir())) == 1
+    # ... nor from a file.
+    made.save(path)
+    accelerate_pipeline(pipe, "gna", **given, calibration=path)
+    with pytest.raises(OptionError, match="made with guard "):
+        accelerate_pipeline(pipe, "gna", **{**given, "guard": {"rows": 8}}, calibration=path)
+
+
+def test_options_beside_a_calibration_are_what_it_was_made_with(tmp_path, counted):
+    pipe, path = TINY_PIPELINES["wan"][0](), tmp_path / "auto.json"
+    general = {"min_tokens": 0, "dense_steps": (2, 1), "guard": False}
+    budget, probe = Budget(max_error=0.9), probe_of("wan")
+    calibrate_auto(pipe, budget, probe, names=["gna"], general=general).save(path)
+    given = {"max_error": 0.9, "calibration": path, "guard": False}
+    accelerate_pipeline(pipe, "gna", **given, dense_steps=(2, 1))
+    assert acceleration_report(pipe).settings["dense_steps"] == [2, 1]
+    with pytest.raises(OptionError, match=r"made with dense steps \[2, 1\] \(here: 3\)"):
+        accelerate_pipeline(pipe, "gna", **given, dense_steps=3)
+
+
 @pytest.mark.parametrize(
     ("method", "given", "says"),
     [
@@ -135,6 +175,10 @@ def test_a_calibration_serves_its_model_its_size_and_its_steps(tmp_path, counted
         ("auto", {"min_psnr": 30}, "say what to try"),
         ("auto", {"calibration": "nowhere.json"}, "can't be read"),
         ("auto", {"min_psnr": 30, "probe": [3]}, "keyword arguments of pipe"),
+        ("gna", {"min_psnr": 30, "stride": (1, 8, 8), "probe": PROMPTS}, "are chosen"),
+        ("gna", {"min_psnr": 30, "wimdow": 3, "probe": PROMPTS}, "wimdow=: with a budget"),
+        (["gna", "easycache"], {"min_psnr": 30, "easycache": {"threshold": 1}}, "both say how"),
+        (["gna", "easycache"], {"min_psnr": 30, "easycache": {"frist_steps": 1}}, "'first_steps'"),
         ("pag", {"min_psnr": 30, "probe": PROMPTS}, "no strength that a budget"),
     ],
     ids=str,

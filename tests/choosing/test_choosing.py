@@ -105,7 +105,12 @@ def test_nothing_worthwhile_stays_dense_and_says_so():
     choice = choose([slow], Budget(min_psnr=30), {}, [])
     assert choice.chosen is None
     assert "stays dense" in choice.why
+    assert "nearest to dense" not in choice.why  # nothing is faster
     assert choice.lines()[0] == choice.why
+    points = [world(LINES[0].at(i)) for i in range(3)]
+    choice = choose(points, Budget(min_psnr=70), {}, [])
+    assert choice.chosen is None
+    assert f"The nearest to dense that is faster: {points[0]}" in choice.why
 
 
 def test_budgets_out_of_reach_say_what_is_in_reach():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,11 @@ import torch
 from dit_accel.call import TokenLayout
 from dit_accel.choosing import times
 from dit_accel.choosing.cost import CostModel, Workload
+from dit_accel.choosing.rehearsal import rehearse
 from dit_accel.choosing.times import AttentionTimes, Place, predicted_seconds, shipped_rates
+from dit_accel.compat import dense_attention
+from dit_accel.functional import sparse_attention
+from dit_accel.guard.options import QualityGuard
 from dit_accel.methods.gna import GNA
 from dit_accel.methods.pisa import PISA
 from dit_accel.methods.psa import PSA
@@ -89,7 +94,7 @@ def test_measured_times_are_kept_and_read_back(monkeypatch):
     place = Place(TokenLayout((2, 8, 8)), 2, 16)
     asked = []
 
-    def measure(method, at):
+    def measure(method, at, guard, clock):
         asked.append(method)
         return 0.25 if method is None else 0.125
 
@@ -124,11 +129,69 @@ def test_a_call_is_measured_with_random_tokens(method):
     assert times.measure_seconds(method, place) > 0
 
 
+def recorded(method, guard=None):
+    """Run each kind of call of a rehearsal once; return its share and what it gave."""
+    layout = TokenLayout((2, 8, 8), 5, text_first=True)
+    generator = torch.Generator().manual_seed(0)
+    shape = 1, layout.num_tokens, 2, 16
+    qkv = tuple(torch.randn(shape, generator=generator) for _ in range(3))
+    return [(share, call()) for share, call in rehearse(method, qkv, layout, guard)], qkv
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        None,
+        GNA(0.5, block_size=16),
+        PISA(density=0.3, block_size=16),
+        PSA(density=0.3, query_block=16, key_block=16),
+    ],
+    ids=str,
+)
+def test_a_rehearsed_call_is_the_call_that_would_run(method):
+    ((share, output),), qkv = recorded(method)
+    assert share == 1
+    if method is None:
+        assert torch.equal(output, dense_attention(*qkv, mask=None, scale=None, backend=None))
+        return
+    # `sparse_attention` takes the video in raster order, and the text behind it.
+    grid, text = (2, 8, 8), torch.arange(5)
+    raster = torch.argsort(method.token_order(grid).permutation(grid))
+    rows = torch.cat([raster + 5, text])
+    wanted = sparse_attention(*(x[:, rows] for x in qkv), method, grid=grid, text_length=5)
+    torch.testing.assert_close(output[:, rows], wanted)
+
+
+def test_a_guard_is_rehearsed_by_its_share_and_never_trips():
+    guard = QualityGuard(max_error=1e-6, every=8, layers=(3,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, _ = recorded(GNA(0.5, block_size=16), guard)
+    assert [share for share, _ in found] == [7 / 8, 1 / 8]
+    assert torch.equal(found[0][1], found[1][1])
+    assert [share for share, _ in recorded(None, guard)[0]] == [1]
+
+
+def test_times_are_kept_by_what_a_guard_costs(monkeypatch):
+    place, method = Place(TokenLayout((2, 8, 8)), 2, 16), GNA(0.5, block_size=16)
+    asked = []
+
+    def measure(method, at, guard, clock):
+        asked.append(guard)
+        return 1.0
+
+    monkeypatch.setattr(times, "measure_seconds", measure)
+    seldom = QualityGuard(every=16)
+    for guard in (None, QualityGuard(), QualityGuard(max_error=0.1), seldom):
+        AttentionTimes(guard=guard).seconds(method, place)
+    assert asked == [None, QualityGuard(), seldom]  # the budget changes no cost
+
+
 def test_only_attention_and_blocks_that_run_take_time():
     known = AttentionTimes(measuring=False)
     place = Place(TokenLayout((1, 64, 64)), 2, 16)
     method = GNA(0.5)
-    known._known = {times._key(None, place): 0.2, times._key(method, place): 0.05}
+    known._known = {times.attention_key(None, place): 0.2, times.attention_key(method, place): 0.05}
     known._read.add(place.card)
     model = CostModel(Workload(place, layers=3, steps=10, forwards=2), 1.0, known)
     assert model.forward_s(None) == 1.0

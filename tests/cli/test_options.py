@@ -61,6 +61,14 @@ def test_general_and_own_options_together():
     }
 
 
+def test_names_of_one_kind_are_alternatives_only():
+    with pytest.raises(OptionError, match="give one attention method at most"):
+        parse_options("gna,radial", [])
+    assert parse_options("gna,radial,easycache", ["min_tokens=0"], alternatives=True) == {
+        "min_tokens": 0
+    }
+
+
 def test_auto_takes_general_options_only():
     assert parse_options("auto", ["min_tokens=64"]) == {"min_tokens": 64}
     with pytest.raises(OptionError, match="no option 'decay'"):
