@@ -105,7 +105,7 @@ class ModelBench:
             "new_trials": len(trials.points) - before,
             "why": choice.why,
             "frontier": [str(point) for point in choice.frontier],
-            "refused": dict(choice.refused),
+            "not_run": dict(choice.refused),
         }
         if choice.chosen is None:
             return row | {"setting": None, "speedup": 1.0, "within": 1.0}
