@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from dit_accel.choosing.cost import CostModel
 from dit_accel.choosing.forecast import heads_of
 from dit_accel.choosing.settings import Setting
 from dit_accel.choosing.times import AttentionTimes, Place
-from dit_accel.errors import DitAccelError, OptionError
+from dit_accel.errors import DitAccelError, OptionError, SpeedWarning
 from dit_accel.eval.fidelity import psnr, relative_l1
 from dit_accel.generation import Progress, timed_call
 from dit_accel.registry import method_class
@@ -174,7 +175,10 @@ class Trials:
         dense = self.generate_dense()
         if self.pipe.device.type == "cuda":
             self._warm_up()
-        made = self._generate()
+        with warnings.catch_warnings():
+            # That a setting is slow is what is to be found out.
+            warnings.simplefilter("ignore", SpeedWarning)
+            made = self._generate()
         report = acceleration_report(self.pipe)
         skipped = report.blocks_skipped
         return Point(
