@@ -42,9 +42,8 @@ from dit_accel.bench.measuring import free_memory, guarded, manifest
 from dit_accel.bench.runs import ResultFile
 from dit_accel.calibration import calls_for, run_latents
 from dit_accel.choosing.cost import CostModel, Workload
-from dit_accel.choosing.forecast import heads_of
 from dit_accel.choosing.settings import blocks_of
-from dit_accel.choosing.times import AttentionTimes, Place, attention_key, measure_seconds
+from dit_accel.choosing.times import AttentionTimes, Place, attention_key, heads_of, measure_seconds
 from dit_accel.environment import pick_device
 from dit_accel.errors import DensityUnreachableError
 from dit_accel.generation import GenerationRequest

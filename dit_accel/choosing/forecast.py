@@ -18,7 +18,7 @@ from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.choosing.budget import WORTHWHILE
 from dit_accel.choosing.cost import CostModel, Workload
 from dit_accel.choosing.pace import Pace
-from dit_accel.choosing.times import AttentionTimes, Place
+from dit_accel.choosing.times import AttentionTimes, Place, heads_of
 from dit_accel.errors import DitAccelError, OptionError
 from dit_accel.parallel.split import Split
 from dit_accel.report import forward_seconds
@@ -121,9 +121,7 @@ class Forecast(Session):
             layers = self._layers - len(runtime.schedule.layers)
             return model.speedup(method, layers=layers)
         except (DitAccelError, torch.OutOfMemoryError):
-            return (
-                None  # the forward itself will say what is wrong; without room nothing is measured
-            )
+            return None  # the forward will say what is wrong; without room nothing is measured
 
     def _tell(self, place: Place, told: float) -> None:
         what = f"{place.layout.video_length} video tokens"
@@ -205,9 +203,3 @@ def watch(
     if settled is not None and settled.grid is not None and settled.steps is not None:
         sessions.append(Expected(runtime, settled.source, settled.grid, settled.steps))
     runtime.sessions = tuple(sessions)
-
-
-def heads_of(transformer: Any) -> tuple[int, int]:
-    """Return a transformer's number of attention heads, and the channels of one."""
-    config = transformer.config
-    return int(config.num_attention_heads), int(config.attention_head_dim)

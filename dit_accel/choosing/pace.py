@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from dit_accel.call import AttentionCall, TokenLayout
-from dit_accel.errors import SpeedWarning
+from dit_accel.choosing.times import AttentionTimes, Place, heads_of
+from dit_accel.errors import DitAccelError, SpeedWarning
+from dit_accel.methods.base import AttentionMethod
 from dit_accel.parallel.split import Split
+from dit_accel.presets import DEFAULT
 from dit_accel.report import forward_seconds
 from dit_accel.session import Forward, Session
 
@@ -33,9 +37,22 @@ class _Forwards:
     sparse: list[Any] = field(default_factory=list)
 
 
+class _Running(NamedTuple):
+    """The forward under way: how many calls there were before it, and how it is run."""
+
+    transformer: int
+    before: int
+    place: Place
+    method: AttentionMethod
+    split: Split | None
+
+
 @dataclass
 class Pace(Session):
     """Says when attention turns out slower than dense, and ends that where nobody asked for it.
+
+    Sparse forwards are compared with the dense ones of the same generation. Where there are none,
+    as in published settings that keep layers dense and no steps, one call of each kind is timed.
 
     Attributes:
         runtime: of the acceleration, without caches.
@@ -48,8 +65,7 @@ class Pace(Session):
     _seen: dict[tuple[int, TokenLayout], _Forwards] = field(default_factory=dict)
     _reasons: dict[TokenLayout, str] = field(default_factory=dict)
     _told: set[TokenLayout] = field(default_factory=set)
-    _running: tuple[tuple[int, TokenLayout], int, Split | None] | None = None
-    _device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _running: _Running | None = None
 
     def attach(self, transformer: nn.Module) -> None:
         """Nothing is intercepted."""
@@ -60,11 +76,16 @@ class Pace(Session):
 
     def enter(self, forward: Forward) -> None:
         """Note what runs; see `Session.enter`."""
-        running = self.runtime._running
+        running, latents = self.runtime._running, forward.kwargs["hidden_states"]
         if running is not None:
-            key = id(forward.transformer), running.layouts[0]
-            self._running = key, len(self.runtime.recorder.calls), running.split
-            self._device = forward.kwargs["hidden_states"].device
+            shape = *heads_of(forward.transformer), len(latents), latents.dtype, latents.device
+            self._running = _Running(
+                id(forward.transformer),
+                len(self.runtime.recorder.calls),
+                Place(running.layouts[0], *shape),
+                running.method,
+                running.split,
+            )
 
     def leave(self, output: Any) -> None:
         """Note how long it took; see `Session.leave`."""
@@ -72,44 +93,65 @@ class Pace(Session):
         recorder = self.runtime.recorder
         if running is None or output is None:
             return
-        key, first, split = running
-        calls = recorder.calls[first:]
+        calls = recorder.calls[running.before :]
         if not calls:
             return
-        seen = self._seen.setdefault(key, _Forwards())
+        seen = self._seen.setdefault((running.transformer, running.place.layout), _Forwards())
         dense = all(call.reason for call in calls)
         (seen.dense if dense else seen.sparse).append(recorder.forwards[-1])
-        if not dense and len(seen.sparse) == COMPARED and seen.dense:
-            self._compare(key[1], seen, split)
+        if not dense and len(seen.sparse) == COMPARED:
+            self._compare(running, seen)
 
     def dense_reason(self, call: AttentionCall) -> str | None:
         """Return why calls of this layout had better be dense; None if they may be sparse."""
         return self._reasons.get(call.layout)
 
-    def _compare(self, layout: TokenLayout, seen: _Forwards, split: Split | None) -> None:
-        dense_s, sparse_s = _fastest(seen.dense), _fastest(seen.sparse[1:])
-        ratio = sparse_s / dense_s
-        if split is not None:
-            ratio = split.group.mean(ratio, self._device)  # all ranks must decide alike
-        if ratio < SLOWER:
+    def _compare(self, running: _Running, seen: _Forwards) -> None:
+        what, layout = "forward", running.place.layout
+        if seen.dense:
+            seconds = _fastest(seen.sparse[1:]), _fastest(seen.dense)
+        else:
+            what, seconds = "attention call", self._calls(running)
+        ratio = seconds[0] / seconds[1]
+        if running.split is not None:
+            # All ranks must decide alike.
+            ratio = running.split.group.mean(ratio, running.place.device)
+        if math.isnan(ratio) or ratio < SLOWER:
             return
         found = (
-            f"a sparse forward of {layout.video_length} video tokens took {ratio:.2f} times as "
-            "long as a dense one"
+            f"a sparse {what} of {layout.video_length} video tokens took {ratio:.2f} times as long "
+            "as a dense one"
         )
         if self.binding:
             self._reasons[layout] = found
             self.runtime.recorder.note(f"{found}, so attention is dense from there on")
-            return
-        if layout in self._told:
-            return
-        self._told.add(layout)
-        text = (
-            f"{found}, {sparse_s:.3g} s for {dense_s:.3g} s: this method does not pay here. Longer "
-            "sequences or a lower density may; method='auto' stays dense where nothing does."
-        )
-        self.runtime.recorder.note(text)
-        warnings.warn(text, SpeedWarning, stacklevel=2)
+        elif layout not in self._told:
+            self._told.add(layout)
+            text = (
+                f"{found}, {seconds[0]:.3g} s for {seconds[1]:.3g} s: this method does not pay "
+                "here. Longer sequences or a lower density may; method='auto' stays dense where "
+                "nothing does."
+            )
+            self.runtime.recorder.note(text)
+            warnings.warn(text, SpeedWarning, stacklevel=2)
+
+    def _calls(self, running: _Running) -> tuple[float, float]:
+        """Return the seconds of a sparse and a dense call, NaN where that is not measured.
+
+        Under 2,048 tokens, where sparse attention is off unless that was changed, it is known that
+        nothing pays; and ranks would each measure the whole call.
+        """
+        unknown = math.nan, math.nan
+        if running.place.layout.video_length < DEFAULT.min_tokens or running.split is not None:
+            return unknown
+        guard = self.runtime.guard
+        times = AttentionTimes(guard=None if guard is None else guard.options)
+        try:
+            found = [times.seconds(method, running.place) for method in (running.method, None)]
+        except (DitAccelError, torch.OutOfMemoryError):
+            return unknown
+        sparse, dense = (math.nan if seconds is None else seconds for seconds in found)
+        return sparse, dense
 
 
 def _fastest(forwards: list[Any]) -> float:

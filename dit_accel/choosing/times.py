@@ -276,3 +276,9 @@ def _made_with(card: str) -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         triton = "none"
     return {"card": card, "dit_accel": __version__, "torch": torch.__version__, "triton": triton}
+
+
+def heads_of(transformer: Any) -> tuple[int, int]:
+    """Return a transformer's number of attention heads, and the channels of one."""
+    config = transformer.config
+    return int(config.num_attention_heads), int(config.attention_head_dim)

@@ -21,9 +21,8 @@ from dit_accel.calibration import PipelineCall, generators
 from dit_accel.call import TokenLayout
 from dit_accel.choosing.choice import Point
 from dit_accel.choosing.cost import CostModel
-from dit_accel.choosing.forecast import heads_of
 from dit_accel.choosing.settings import Setting
-from dit_accel.choosing.times import AttentionTimes, Place
+from dit_accel.choosing.times import AttentionTimes, Place, heads_of
 from dit_accel.errors import DitAccelError, OptionError, SpeedWarning
 from dit_accel.eval.fidelity import psnr, relative_l1
 from dit_accel.generation import Progress, timed_call

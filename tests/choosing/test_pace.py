@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,7 +62,17 @@ def test_what_pays_is_left_alone(by_name, monkeypatch):
     assert {call.step for call in report.calls if not call.reason} == set(range(2, STEPS))
 
 
-def test_without_dense_steps_there_is_nothing_to_compare_with(monkeypatch):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", SpeedWarning)
-        run(monkeypatch, 9.0, method="gna", block_size=16, dense_steps=0)
+@pytest.mark.parametrize(("tokens", "warned"), [(0, True), (2048, False)])
+def test_without_dense_steps_calls_are_compared_but_for_short_sequences(
+    tokens, warned, monkeypatch
+):
+    times = {"gna": 3.0, None: 1.0}
+    monkeypatch.setattr(pace, "DEFAULT", replace(pace.DEFAULT, min_tokens=tokens))
+    monkeypatch.setattr(pace.AttentionTimes, "seconds", lambda self, m, place: times[m and m.name])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        report = run(monkeypatch, 9.0, method="gna", block_size=16, dense_steps=0)
+    found = [str(w.message) for w in told if w.category is SpeedWarning]
+    assert len(found) == warned
+    assert all("a sparse attention call of 252 video tokens took 3.00 times" in w for w in found)
+    assert all(not call.reason for call in report.calls)
