@@ -1,4 +1,4 @@
-"""Trial loops of the kernel for Hopper: are they right, and how fast beside what there is.
+"""Settings of the kernels for Hopper: are they right, and how fast beside what there is.
 
     python benchmarks/hopper_variants.py --commit COMMIT --output hopper-variants-h100.json
 
@@ -6,7 +6,6 @@ First each variant is checked against float64 in a process of its own, all at on
 of time, because a wrong barrier hangs. What is right is then timed in turns with the kernel of the
 library, cuDNN dense and flash-attn-4, one case after the other, and told as a ratio to each. Rows
 are written as they come; rows that ``--output`` holds of the same commit are not measured again.
-``hopper_trial.py`` has the loops. Variants called "clock" say where the cycles of a step go.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from dit_accel.bench.cases import Case, make_case
 from dit_accel.bench.contenders import cudnn_dense
-from dit_accel.bench.measuring import alternating_ms, manifest, median_ms, write_json
+from dit_accel.bench.measuring import alternating_ms, manifest, write_json
 from dit_accel.kernels.quantised_reference import key_blocks, quantised_attention
 from dit_accel.kernels.reference import lists_to_mask, masked_attention
 from dit_accel.kernels.tiles import tile_lists_from_dense
@@ -39,19 +38,12 @@ from dit_accel.operators import make_operators
 TOKENS, HEADS = 75_600, 8
 CASES = [(128, 0.25), (128, 0.1), (64, 0.25), (64, 0.1), (128, 1.0), (64, 1.0)]
 VARIANTS: dict[str, dict[str, Any]] = {
-    # Settings of the library's kernels.
     "eager 1": {"eager": 1},
     "eager 2": {"eager": 2},
     "eager 2, other turns": {"eager": 2, "other_turns": True},
     "fp8": {},
     "fp8, eager 1": {"eager": 1},
     "fp8, eager 2": {"eager": 2},
-    # Loops of `hopper_trial.py`.
-    "held": {"trial": True, "eager": 1, "held": True},
-    "poly 1": {"trial": True, "eager": 2, "poly": 1},
-    "poly 2": {"trial": True, "eager": 2, "poly": 2},
-    "clock": {"trial": True, "clock": True},
-    "clock, eager 2": {"trial": True, "eager": 2, "clock": True},
 }
 CHECK_SECONDS = 90
 LARGEST_FP8_ERROR = 0.075
@@ -61,11 +53,7 @@ Row = dict[str, Any]
 
 def trial(name: str) -> Callable[..., Any]:
     """Return the attention of one variant; imported here, as Gluon needs Triton."""
-    given = dict(VARIANTS[name])
-    if given.pop("trial", False):
-        from hopper_trial import Variant, trial_attention
-
-        return partial(trial_attention, variant=Variant(**given))
+    given = VARIANTS[name]
     if "fp8" in name:
         from dit_accel.kernels.block_sparse_hopper_quantised import hopper_quantised_attention
 
@@ -83,14 +71,9 @@ def trial(name: str) -> Callable[..., Any]:
     return run
 
 
-def with_log_sums(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The same, for its output and log-sums, which trial loops always give."""
-    return trial(name) if "trial" in VARIANTS[name] else partial(trial(name), return_lse=True)
-
-
 def check(name: str) -> Iterator[Row]:
     """Compare small ragged calls with masks, and rows of the large ones, with float64."""
-    run, low = with_log_sums(name), "fp8" in name
+    run, low = partial(trial(name), return_lse=True), "fp8" in name
     small = [(d, video, text, f) for d in (128, 64) for video, text, f in
              ((1480, 77, 1), (1480, 77, 20), (2900, 0, 1))]  # fmt: skip
     for head_size, video, text, factor in small:
@@ -168,8 +151,7 @@ def timings(names: list[str], done: set[str], deadline: float) -> Iterator[Row]:
                 scale=head_size**-0.5,
             )  # fmt: skip
         for name in names:
-            if not name.startswith("clock"):
-                runs[name] = partial(trial(name), *case.qkv, lists)
+            runs[name] = partial(trial(name), *case.qkv, lists)
         for name, run in list(runs.items()):
             try:
                 run()
@@ -189,37 +171,12 @@ def timings(names: list[str], done: set[str], deadline: float) -> Iterator[Row]:
                 **{f"of_{peer}": round(value / rates[peer], 4)
                    for peer in ("cudnn", "hopper", "flash-attn-4") if peer in rates},
             }  # fmt: skip
-        if head_size == 128:
-            for name in names:
-                if name.startswith("clock"):
-                    yield {"kind": "clock", "case": key, "variant": name} | cycles(case, name)
 
 
 def rate(case: Case, name: str, ms: float) -> float:
     """TFLOP/s on attended pairs."""
     pairs = HEADS * TOKENS**2 if name == "cudnn" else case.pairs()
     return 4 * pairs * case.qkv[0].shape[-1] / ms / 1e9
-
-
-def cycles(case: Case, name: str) -> Row:
-    """Mean cycles of the parts of a step in each group, and the clock that the time implies."""
-    from hopper_trial import PARTS
-
-    lists, run = case.lists(), trial(name)
-    programs = case.count.numel()
-    clocks = torch.zeros(programs, 2, 8, dtype=torch.int32, device="cuda")
-    ms = median_ms(partial(run, *case.qkv, lists, clocks=clocks))
-    steps = clocks[..., 7].sum(0)
-    mean = clocks[..., :7].sum(0) / steps[:, None]
-    row = {f"group {me}": dict(zip(PARTS, mean[me].round().tolist(), strict=True)) for me in (0, 1)}
-    per_step = mean.sum(-1).mean()
-    waves = programs / torch.cuda.get_device_properties(0).multi_processor_count
-    busy = float(per_step * case.index.shape[-1] * waves)
-    return row | {
-        "cycles": round(float(per_step)),
-        "ms": ms,
-        "mhz_at_least": round(busy / ms / 1e3),
-    }
 
 
 def follow(command: list[str], seconds: float) -> tuple[list[Row], str | None]:
@@ -278,7 +235,7 @@ def measure(args: argparse.Namespace, result: Row) -> None:
 
 
 def summary(rows: list[Row]) -> Row:
-    """What was wrong, the rates beside each peer, and the cycles."""
+    """What was wrong, and the rates beside each peer."""
     peers = ("cudnn", "hopper", "flash-attn-4")
     rates: Row = {"tflops, of": "cudnn, hopper, flash-attn-4"}
     for row in rows:
@@ -286,7 +243,7 @@ def summary(rows: list[Row]) -> Row:
             of_peers = [str(row.get(f"of_{peer}")) for peer in peers]
             case = rates.setdefault(row["case"], {})
             case[row["variant"]] = f"{row['tflops']}, of {' '.join(of_peers)}"
-    other = [r for r in rows if r["kind"] in ("clock", "rounding")]
+    other = [r for r in rows if r["kind"] == "rounding"]
     wrong = [row for row in rows if row.get("right") is False or row["kind"] == "failed"]
     return {"wrong": wrong, "rates": rates, "other": other}
 
