@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -116,7 +117,9 @@ def test_each_precision_is_a_task_of_sparse_methods_alone():
 
 
 @pytest.mark.slow
-def test_compiled_blocks_are_measured():
+def test_compiled_blocks_are_measured(monkeypatch):
+    # Traced as ever; generating code for a processor takes a minute and is nothing of ours.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     bench = StepBench("cpu", "float32")
     tasks = step_tasks(
         models=["wan2.1-14b"], sizes=[TOY], methods=["gna"], densities=[None], modes=[True],
