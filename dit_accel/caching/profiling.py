@@ -128,12 +128,19 @@ class ProfiledSession(StackSession):
     def __init__(self, cache: ProfilingCache, seam: Seam, profile: Profile | None) -> None:
         super().__init__(cache, seam)
         self.profile = profile
+        self._checked = False  # in this generation
+
+    def begin(self) -> None:
+        """See `Session.begin`."""
+        super().begin()
+        self._checked = False
 
     def enter(self, forward: Forward) -> None:
         """See `Session.enter`."""
         super().enter(forward)
-        if self.profile is None or self.profile.grid is None:
+        if self._checked or self.profile is None or self.profile.grid is None:
             return
+        self._checked = True
         kwargs = dict(forward.kwargs)
         grid = self.seam.family.read_inputs(forward.transformer, kwargs).layouts[0].grid
         if tuple(grid) == self.profile.grid:

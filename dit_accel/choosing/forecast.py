@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,10 +18,10 @@ from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.choosing.budget import WORTHWHILE
 from dit_accel.choosing.cost import CostModel, Workload
 from dit_accel.choosing.pace import Pace
-from dit_accel.choosing.times import AttentionTimes, Place, heads_of
+from dit_accel.choosing.times import AttentionTimes, Place
+from dit_accel.choosing.watching import Ran, Watch
 from dit_accel.errors import DitAccelError, OptionError
 from dit_accel.parallel.split import Split
-from dit_accel.report import forward_seconds
 from dit_accel.session import Forward, Session
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Forecast(Session):
+class Forecast(Watch):
     """Predicts the speed-up of an acceleration without caches, layout by layout.
 
     Attributes:
@@ -40,7 +40,6 @@ class Forecast(Session):
         binding: whether attention stays dense where it would not pay; otherwise it is only said.
     """
 
-    runtime: Runtime
     times: AttentionTimes
     binding: bool
 
@@ -48,14 +47,12 @@ class Forecast(Session):
         """Begin without any knowledge."""
         self._dense_s: dict[Place, float] = {}
         self._reasons: dict[TokenLayout, str | None] = {}
-        self._running: tuple[Place, int, Split | None] | None = None
         self._settled: set[TokenLayout] = set()  # for the generation under way
-        self._layers, self._shape, self._begun = 0, (0, 0), 0
+        self._layers = self._begun = 0
 
     def attach(self, transformer: nn.Module) -> None:
         """Count the attention layers."""
-        layers = self.runtime.family.attention_layers(transformer)
-        self._layers, self._shape = len(layers), heads_of(transformer)
+        self._layers = len(self.runtime.family.attention_layers(transformer))
 
     def begin(self) -> None:
         """Let the second generation decide anew: the first was slowed down by compiling."""
@@ -63,31 +60,17 @@ class Forecast(Session):
         if self.binding and self._begun <= 2:
             self._settled.clear()
 
-    def enter(self, forward: Forward) -> None:
-        """Note what runs; see `Session.enter`."""
-        running, latents = self.runtime._running, forward.kwargs["hidden_states"]
-        if running is None or running.layouts[0] in self._settled:
-            return
-        shape = *self._shape, len(latents), latents.dtype, latents.device
-        before = len(self.runtime.recorder.calls)
-        self._running = Place(running.layouts[0], *shape), before, running.split
-
-    def leave(self, output: Any) -> None:
+    def ran(self, forward: Ran) -> None:
         """After a dense forward, decide about the next ones."""
-        running, self._running = self._running, None
-        recorder = self.runtime.recorder
-        if running is None or output is None or not recorder.forwards:
+        place = forward.place
+        if place.layout in self._settled:
             return
-        place, first, split = running
-        calls = recorder.calls[first:]
-        if not calls:
-            return
-        if not all(call.reason for call in calls):
+        if not forward.dense:
             self._settled.add(place.layout)
             return
-        spent = sum(forward_seconds(recorder.forwards[-1:]).values())
+        spent = forward.seconds
         self._dense_s[place] = min(spent, self._dense_s.get(place, spent))
-        self._decide(place, split)
+        self._decide(place, forward.split)
 
     def dense_reason(self, call: AttentionCall) -> str | None:
         """Return why calls of this layout had better be dense; None if they may be sparse."""

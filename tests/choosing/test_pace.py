@@ -10,7 +10,7 @@ import pytest
 from tiny_pipelines import TINY_PIPELINES, run_tiny
 
 from dit_accel import accelerate_pipeline, acceleration_report
-from dit_accel.choosing import forecast, pace
+from dit_accel.choosing import forecast, pace, watching
 from dit_accel.errors import SpeedWarning
 
 STEPS = 8
@@ -29,7 +29,7 @@ def run(monkeypatch: pytest.MonkeyPatch, sparse_s: float, **options: Any) -> Any
         calls = [call for call in pipe._dit_accel.runtime.recorder.calls if call.step == step]
         return {step: 1.0 if all(call.reason for call in calls) else sparse_s}
 
-    monkeypatch.setattr(pace, "forward_seconds", seconds)
+    monkeypatch.setattr(watching, "forward_seconds", seconds)
     run_tiny(pipe, {**arguments, "num_inference_steps": STEPS})
     return acceleration_report(pipe)
 

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from tiny_pipelines import TINY_PIPELINES, run_tiny
 
 from dit_accel import accelerate_pipeline, acceleration_report, parallelize_pipeline
-from dit_accel.choosing import forecast, pace
+from dit_accel.choosing import forecast, watching
 
 pytestmark = pytest.mark.slow
 STEPS = 8
@@ -32,7 +32,7 @@ def _dense_calls(told: tuple[float, float], sparse_s: tuple[float, float]) -> li
 
     with (
         patch.object(forecast.Forecast, "_speedup", lambda *args: told[rank]),
-        patch.object(pace, "forward_seconds", seconds),
+        patch.object(watching, "forward_seconds", seconds),
     ):
         run_tiny(pipe, {**arguments, "num_inference_steps": STEPS})
     return [bool(call.reason) for call in acceleration_report(pipe).calls]
