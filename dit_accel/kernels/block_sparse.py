@@ -16,6 +16,7 @@ needs a copy.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import astuple, replace
 
 import torch
@@ -378,7 +379,11 @@ def empty_lse(query: Tensor, with_lse: bool) -> Tensor:
 
 
 def _resolve_config(
-    query: Tensor, block_d: int, block_size: int, config: list[int] | None
+    query: Tensor,
+    block_d: int,
+    block_size: int,
+    config: list[int] | None,
+    usual: Callable[[tuple[int, int], int, int], KernelConfig] = kernel_config,
 ) -> KernelConfig:
     if config is not None:
         block_m, block_n, num_warps, num_stages, use_tma = config
@@ -386,7 +391,7 @@ def _resolve_config(
     else:
         # On the CPU only the interpreter runs the kernel, and any configuration will do.
         capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (8, 0)
-        chosen = kernel_config(capability, block_d, query.element_size())
+        chosen = usual(capability, block_d, query.element_size())
     block_m, block_n = min(chosen.block_m, block_size), min(chosen.block_n, block_size, 64)
     return replace(chosen, block_m=block_m, block_n=block_n)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import astuple
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -525,12 +526,9 @@ def _joint_op(
     centroids = [_packed(t, query.dtype) for t in (key_mean, value_mean)]
     extras = [_packed(t, torch.float32) for t in (moment, row_factor, added)]
     block_d = max(16, triton.next_power_of_2(head_size))
-    if config is None and query.is_cuda:
-        capability = torch.cuda.get_device_capability(query.device)
-        has_pooled = any(t is not None for t in pooled)
-        measured = joint_config(capability, block_d, query.element_size(), query_block, has_pooled)
-        config = list(astuple(measured))
-    cfg = _resolve_config(query, block_d, MAX_BLOCK_SIZE, config)
+    has_pooled = any(t is not None for t in pooled)
+    usual = partial(joint_config, query_block=query_block, pooled=has_pooled)
+    cfg = _resolve_config(query, block_d, MAX_BLOCK_SIZE, config, usual)
     block_m, block_n = min(cfg.block_m, query_block), min(cfg.block_n, key_block)
     use_tma = cfg.use_tma and all(
         fits_copy_engine(t, block_d) for t in (key, value, *centroids) if t is not None
