@@ -2,23 +2,30 @@
 
     python benchmarks/auto_replay.py benchmarks/results/auto-tiny-sd3.json
 
-Needs no model: the grid's settings with their PSNR for 32 prompts are split by chance, the fastest
-setting within the budget is chosen by one part, and judged by the other. Prints, for each number of
-prompts tried and each budget: the mean share within it, how often that share was nine in ten or
-more, and the speed-up over that of the fastest setting that a grid search on the other part finds.
+Needs no model: the grid's settings with their PSNR for 32 prompts are split by chance, the search
+of ``method="auto"`` runs on one part, and what it chooses is judged by the other. Pairs that are
+not in the grid count as not to be run. Prints, for each number of prompts tried and each budget:
+the mean share within it, how often that share was nine in ten or more, the speed-up over that of
+the fastest setting that a grid search on the other part finds, and how many settings were tried.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_accel.choosing.budget import WORTHWHILE, low_quantile
+from dit_accel.choosing.budget import WORTHWHILE, Budget
+from dit_accel.choosing.choice import Point, choose
+from dit_accel.choosing.search import Search
+from dit_accel.choosing.settings import Line, Setting
 from dit_accel.choosing.trials import MOST_DB
+from dit_accel.registry import method_class
 
 DRAWS = 300
 
@@ -26,56 +33,93 @@ DRAWS = 300
 class Measured(NamedTuple):
     """A setting of the grid."""
 
+    setting: Setting
     speedup: float
     psnr_db: np.ndarray
 
 
-def read(path: Path) -> list[Measured]:
-    """Return the grid's settings; one that changes nothing has no PSNR."""
-    found = []
+def read(path: Path) -> dict[str, Measured]:
+    """Return the grid's settings by their JSON; one that changes nothing has no PSNR."""
+    found = {}
     for row in json.loads(path.read_text())["rows"]:
         if "grid" in row and "psnr_db" in row:
+            setting = Setting(tuple(row["grid"]["methods"]), row["grid"]["options"])
             psnr_db = np.array([MOST_DB if one is None else one for one in row["psnr_db"]])
-            found.append(Measured(row["speedup"], psnr_db))
+            found[key(setting)] = Measured(setting, row["speedup"], psnr_db)
     return found
 
 
-def fastest(settings: list[Measured]) -> Measured:
-    """Return the fastest one, dense if none is worthwhile."""
-    worthwhile = [one for one in settings if one.speedup >= WORTHWHILE]
-    dense = Measured(1.0, np.full(len(settings[0].psnr_db) if settings else 32, MOST_DB))
-    return max(worthwhile, key=lambda one: one.speedup, default=dense)
+def key(setting: Setting) -> str:
+    """Return what a setting is found by."""
+    return json.dumps(asdict(setting), sort_keys=True)
 
 
-def replay(settings: list[Measured], tried: int, budget: float) -> tuple[float, float, float]:
-    """Return the mean share within the budget, how often it is kept, and the share of the best."""
+def lines(grid: Mapping[str, Measured]) -> list[Line]:
+    """Return the lines that single methods of the grid lie on."""
+    found: dict[str, tuple[dict[str, Any], list[float]]] = {}
+    for one in grid.values():
+        if len(one.setting.methods) == 1:
+            (name,), options = one.setting.methods, dict(one.setting.options)
+            own = dict(options.pop(name))
+            attention = method_class(name).kind == "attention"
+            knob = "density" if attention else getattr(method_class(name), "strength", "")
+            value = (options if attention else own).pop(knob)
+            line = {"method": name, "knob": knob, "own": own, "general": options}
+            found.setdefault(json.dumps(line, sort_keys=True), (line, []))[1].append(value)
+    return [
+        Line(values=tuple(sorted(values, reverse=line["knob"] == "density")), **line)
+        for line, values in found.values()
+    ]
+
+
+def replay(grid: Mapping[str, Measured], tried: int, target: float) -> tuple[float, ...]:
+    """Return the mean share within the budget, how often it is kept, of the best, and trials."""
     generator = np.random.default_rng(0)
-    shares, kept, of_best = [], [], []
+    budget, on = Budget(min_psnr=target), lines(grid)
+    shares: list[float] = []
+    of_best: list[float] = []
+    trials: list[int] = []
     for _ in range(DRAWS):
-        order = generator.permutation(len(settings[0].psnr_db))
+        order = generator.permutation(len(next(iter(grid.values())).psnr_db))
         ours, others = order[:tried], order[tried:]
-        chosen = fastest([s for s in settings if low_quantile(s.psnr_db[ours].tolist()) >= budget])
-        best = fastest([s for s in settings if np.mean(s.psnr_db[others] >= budget) >= 0.9])
-        shares.append(np.mean(chosen.psnr_db[others] >= budget))
-        kept.append(shares[-1] >= 0.9)
-        of_best.append(chosen.speedup / best.speedup)
-    return float(np.mean(shares)), float(np.mean(kept)), float(np.mean(of_best))
+
+        def measure(setting: Setting, ours: Any = ours) -> Point | None:
+            one = grid.get(key(setting))
+            if one is None:
+                return None
+            psnr_db = tuple(one.psnr_db[ours])
+            return Point(setting, 1 / one.speedup, one.speedup, psnr_db, (0.0,) * tried)
+
+        search = Search(budget, on, measure, lambda setting: None)
+        chosen = choose(search.run(), budget, {}, []).chosen
+        good = [one for one in grid.values() if np.mean(one.psnr_db[others] >= target) >= 0.9]
+        best = max([one.speedup for one in good if one.speedup >= WORTHWHILE], default=1.0)
+        reached = (
+            np.full(1, MOST_DB) if chosen is None else grid[key(chosen.setting)].psnr_db[others]
+        )
+        shares.append(float(np.mean(reached >= target)))
+        of_best.append((1.0 if chosen is None else chosen.speedup) / best)
+        trials.append(len(search.points))
+    kept = np.mean([share >= 0.9 for share in shares])
+    return float(np.mean(shares)), float(kept), float(np.mean(of_best)), float(np.mean(trials))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Replay and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--tried", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--budgets", type=float, nargs="+", default=[25, 30, 35])
     args = parser.parse_args()
     for path in args.files:
-        settings = read(path)
+        grid = read(path)
         for tried in args.tried:
             for budget in args.budgets:
-                share, kept, of_best = replay(settings, tried, budget)
+                share, kept, of_best, trials = replay(grid, tried, budget)
                 print(
                     f"{path.stem}, {tried} tried, {budget:g} dB: {share:.1%} within, kept in "
-                    f"{kept:.0%} of the draws, {of_best:.2f} of the best fixed setting's speed-up"
+                    f"{kept:.0%} of the draws, {of_best:.2f} of the best fixed setting's speed-up, "
+                    f"{trials:.0f} settings"
                 )
 
 

@@ -15,6 +15,10 @@ USUAL_PSNR = 30.0
 """Decibels that ``method="auto"`` keeps to if it is given prompts to try and no budget."""
 _COVERED, _CONFIDENCE = 1.2816, 1.2816
 """Normal quantiles: nine prompts in ten, with a confidence of nine in ten."""
+MISSES = 0.1
+"""Share of the prompts that may miss a budget of quality."""
+_SURELY_SLOWER = 0.9
+"""Of the speed-up asked for: what a few prompts may scatter by."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,38 @@ class Budget:
     def margin_db(self, psnr_db: Sequence[float], error: Sequence[float]) -> float:
         """Return by how many dB the prompts of a setting keep to the budget of quality.
 
-        Counted from what nine prompts in ten reach; an error counts as an amplitude.
+        Counted from what nine prompts in ten reach, of all (`low_quantile`) and of those tried; an
+        error counts as an amplitude.
         """
         margins = [math.inf]
-        if self.min_psnr is not None:
-            margins.append(low_quantile(psnr_db) - self.min_psnr)
-        if self.max_error is not None:
-            in_db = [-20 * math.log10(max(one, 1e-9)) for one in error]
-            margins.append(low_quantile(in_db) + 20 * math.log10(self.max_error))
+        for each in self._margins(psnr_db, error):
+            margins += [low_quantile(each), sorted(each)[int(MISSES * len(each))]]
         return min(margins)
+
+    def hopeless(
+        self, psnr_db: Sequence[float], error: Sequence[float], speedup: float, prompts: int
+    ) -> bool:
+        """Return whether a setting can't be chosen any more, whatever the other prompts bring.
+
+        Args:
+            psnr_db: of the prompts so far; not looked at without ``min_psnr``.
+            error: likewise, of their latents.
+            speedup: over these prompts.
+            prompts: how many are to be tried in all.
+        """
+        if speedup < _SURELY_SLOWER * max(self.target_speedup or 0.0, WORTHWHILE):
+            return True
+        each = self._margins(psnr_db, error)
+        return any(sum(one < 0 for one in of) > int(MISSES * prompts) for of in each)
+
+    def _margins(self, psnr_db: Sequence[float], error: Sequence[float]) -> list[list[float]]:
+        """Return the dB by which each prompt keeps to each budget of quality."""
+        margins = []
+        if self.min_psnr is not None:
+            margins.append([one - self.min_psnr for one in psnr_db])
+        if self.max_error is not None:
+            margins.append([20 * math.log10(self.max_error / max(one, 1e-9)) for one in error])
+        return margins
 
     def __str__(self) -> str:
         """Say it in a few words."""

@@ -21,7 +21,7 @@ KIND = "dit-accel choice"
 
 @dataclass(frozen=True)
 class Point:
-    """What one setting did to the prompts that were tried.
+    """What one setting did to the prompts that were tried: fewer where it was hopeless.
 
     Attributes:
         setting: what was run.
@@ -61,7 +61,8 @@ class Point:
         """Say it in a line."""
         psnr = "" if self.low_psnr is None else f", {self.low_psnr:.1f} dB for nine prompts in ten"
         told = "" if self.predicted is None else f" (predicted {self.predicted:.2f}x)"
-        return f"{self.setting}: {self.speedup:.2f}x{told}{psnr}, error {self.mean_error:.3f}"
+        error = f"error {self.mean_error:.3f} ({len(self.error)} prompts)"
+        return f"{self.setting}: {self.speedup:.2f}x{told}{psnr}, {error}"
 
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> Point:

@@ -25,7 +25,10 @@ OCTAVE_DB = 4.0
 
 @dataclass
 class _Trace:
-    """What is known of one line: every point up to ``low`` may be passed, none from ``high`` on."""
+    """What is known of one line: every point up to ``low`` may be passed, none from ``high`` on.
+
+    The strongest value is no part of that where it is within a budget of quality all the same.
+    """
 
     line: Line
     high: int
@@ -33,9 +36,10 @@ class _Trace:
     points: dict[int, Point] = field(default_factory=dict)
     over: bool = False
 
-    def next(self) -> int | None:
-        """Return the value to try next; None when it is settled."""
-        return None if self.over or self.high - self.low < 2 else (self.low + self.high) // 2
+    @property
+    def strongest(self) -> int:
+        """Index of the last value."""
+        return len(self.line.values) - 1
 
 
 @dataclass
@@ -44,7 +48,8 @@ class Search:
 
     Along a line a stronger value is faster and further from dense, so that the last value within
     a budget of quality, or the first that is fast enough, is found by halving. A method whose
-    middle value promises little is left at that.
+    middle value promises little is left at that. Of the others the strongest value comes next: some
+    caches hardly change from a certain strength on, or even come nearer to dense again.
 
     Attributes:
         budget: what is asked for.
@@ -87,7 +92,7 @@ class Search:
 
     def _step(self, trace: _Trace) -> bool:
         """Try the next value of a line; return whether there was one."""
-        index = trace.next()
+        index = self._next(trace)
         if index is None or len(self.points) >= self.most:
             return False
         point = self.measure(trace.line.at(index))
@@ -97,12 +102,23 @@ class Search:
         self.points.append(point)
         trace.points[index] = point
         if self._may_be_stronger(point):
-            trace.low = index
+            trace.low = max(trace.low, index)
         else:
-            trace.high = index
-            # What is weaker is slower still.
-            trace.over = self.budget.target_speedup is None and point.speedup <= self._to_beat()
+            trace.high = min(trace.high, index)
         return True
+
+    def _next(self, trace: _Trace) -> int | None:
+        """Return the value of a line to try next; None when it is settled."""
+        for_quality = self.budget.target_speedup is None
+        if trace.over or trace.low == trace.strongest:
+            return None
+        worth_a_look = for_quality or trace.high > trace.strongest
+        if trace.points and trace.strongest not in trace.points and worth_a_look:
+            return trace.strongest
+        nearest_over = trace.points.get(trace.high)
+        if for_quality and nearest_over is not None and nearest_over.speedup <= self._to_beat():
+            return None  # what is weaker is slower still
+        return None if trace.high - trace.low < 2 else (trace.low + trace.high) // 2
 
     def _may_be_stronger(self, point: Point) -> bool:
         if self.budget.target_speedup is not None:

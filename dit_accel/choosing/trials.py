@@ -1,4 +1,8 @@
-"""Measures settings on the user's pipeline: time, PSNR and error of the latents, per prompt."""
+"""Measures settings on the user's pipeline: time, PSNR and error of the latents, per prompt.
+
+A setting that can't be chosen any more is given up between two calls of the pipeline: most settings
+cost a prompt or two then, and those near the budget all of them.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +40,12 @@ MOST_DB = 100.0
 
 @dataclass(frozen=True)
 class Generated:
-    """What a pipeline made of all prompts.
+    """What a pipeline made in one call.
 
     Attributes:
         frames: per prompt ``[T, 3, H, W]`` in [0, 1], float16; empty where not decoded.
         latents: per prompt, float32.
-        seconds: of the denoising loops.
+        seconds: of the denoising loop.
     """
 
     frames: list[Tensor]
@@ -58,12 +62,14 @@ class Seen:
         layers: self-attention calls of a forward.
         steps: denoising steps.
         dense_s: seconds of one forward.
+        prompts: how many.
     """
 
     place: Place
     layers: int
     steps: int
     dense_s: float
+    prompts: int
 
     def to_row(self) -> Row:
         """Return everything as JSON-ready values."""
@@ -80,6 +86,7 @@ class Seen:
             "layers": self.layers,
             "steps": self.steps,
             "dense_s": self.dense_s,
+            "prompts": self.prompts,
         }
 
     @classmethod
@@ -95,7 +102,11 @@ class Seen:
             getattr(torch, row["dtype"]),
             torch.device(row["device"]),
         )
-        return cls(place, row["layers"], row["steps"], row["dense_s"])
+        return cls(place, row["layers"], row["steps"], row["dense_s"], row["prompts"])
+
+
+Hopeless = Callable[[Sequence[float], Sequence[float], float, int], bool]
+"""Whether a setting is given up: PSNR and errors so far, speed-up, prompts in all."""
 
 
 class Trials:
@@ -106,6 +117,7 @@ class Trials:
         calls: keyword arguments of ``pipe(...)``; see `dit_accel.calibration`.
         decode: whether frames are compared, or latents alone.
         predict: foretells a setting's speed-up, for the record.
+        hopeless: ends a setting's trial before all prompts are run; None: none ends early.
         progress: told of every generation.
     """
 
@@ -116,14 +128,15 @@ class Trials:
         *,
         decode: bool = True,
         predict: Callable[[Setting], float | None] = lambda setting: None,
+        hopeless: Hopeless | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.pipe, self.calls, self.decode = pipe, list(calls), decode
-        self.predict, self.progress = predict, progress
+        self.predict, self.hopeless, self.progress = predict, hopeless, progress
         self.refused: dict[str, str] = {}
         self._points: dict[str, Point] = {}
         self.seen: Seen | None = None
-        self._dense: Generated | None = None
+        self._dense: list[Generated] = []
         self._done = 0
 
     def recall(self, points: Sequence[Point], seen: Seen) -> None:
@@ -144,19 +157,22 @@ class Trials:
         """All that were measured or recalled."""
         return list(self._points.values())
 
-    def generate_dense(self) -> Generated:
+    def generate_dense(self) -> list[Generated]:
         """Return what the pipeline makes without any acceleration, generated once."""
-        if self._dense is None:
+        if not self._dense:
             self._warm_up()
             with _Look(self.pipe) as look:
-                self._dense = self._generate()
-            self.seen = self.seen or look.seen(self._dense.seconds, len(self.calls))
+                dense = [self._generate(call) for call in self.calls]
+            prompts = sum(len(one.latents) for one in dense)
+            self.seen = self.seen or look.seen(sum(one.seconds for one in dense), prompts)
+            self._dense = dense
         return self._dense
 
     def measure(self, setting: Setting) -> Point | None:
         """Return the point of a setting; None if this pipeline can't run it."""
         key = _key(setting)
-        if key not in self._points and key not in self.refused:
+        known = self._points.get(key)
+        if key not in self.refused and (known is None or self._wants_more(known)):
             try:
                 self._points[key] = self._measure(setting)
             except DitAccelError as error:
@@ -165,50 +181,69 @@ class Trials:
                 restore_pipeline(self.pipe)
         return self._points.get(key)
 
+    def _wants_more(self, known: Point) -> bool:
+        """Whether a trial was ended early that would not end so now, under another budget."""
+        prompts = self.look().prompts
+        if len(known.error) == prompts:
+            return False
+        return self.hopeless is None or not self.hopeless(
+            known.psnr_db, known.error, known.speedup, prompts
+        )
+
     def _measure(self, setting: Setting) -> Point:
         accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
-        if self._dense is None:  # only now: what can't be attached is refused before a long run
+        if not self._dense:  # only now: what can't be attached is refused before a long run
             restore_pipeline(self.pipe)
             self.generate_dense()
             accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
-        dense = self.generate_dense()
         if self.pipe.device.type == "cuda":
             self._warm_up()
         with warnings.catch_warnings():
             # That a setting is slow is what is to be found out.
             warnings.simplefilter("ignore", SpeedWarning)
-            made = self._generate()
+            seconds, dense_s, psnr_db, error = self._compare()
         report = acceleration_report(self.pipe)
         skipped = report.blocks_skipped
         return Point(
             setting,
-            made.seconds,
-            dense.seconds / made.seconds,
-            tuple(min(psnr(*pair), MOST_DB) for pair in zip(*_frames(made, dense), strict=True)),
-            tuple(relative_l1(*pair) for pair in zip(made.latents, dense.latents, strict=True)),
+            seconds,
+            dense_s / seconds,
+            tuple(psnr_db),
+            tuple(error),
             report.block_density,
             None if skipped is None else 1 - skipped,
             self.predict(setting),
         )
 
+    def _compare(self) -> tuple[float, float, list[float], list[float]]:
+        """Generate until it is hopeless; return both times, and PSNR and error of each prompt."""
+        seconds = dense_s = 0.0
+        psnr_db: list[float] = []
+        error: list[float] = []
+        prompts = sum(len(one.latents) for one in self._dense)
+        for call, dense in zip(self.calls, self._dense, strict=True):
+            made = self._generate(call)
+            seconds, dense_s = seconds + made.seconds, dense_s + dense.seconds
+            for frames, wanted in zip(made.frames, dense.frames, strict=True):
+                psnr_db.append(min(psnr(frames.float(), wanted.float()), MOST_DB))
+            for latents, wanted in zip(made.latents, dense.latents, strict=True):
+                error.append(relative_l1(latents, wanted))
+            if self.hopeless and self.hopeless(psnr_db, error, dense_s / seconds, prompts):
+                break
+        return seconds, dense_s, psnr_db, error
+
     def _warm_up(self) -> None:
         """Run two steps, so that no time is spent on kernels, plans and first allocations later."""
         self._run({**self.calls[0], "num_inference_steps": 2})
 
-    def _generate(self) -> Generated:
-        made = Generated([], [], 0.0)
-        seconds = 0.0
-        for call in self.calls:
-            frames, latents, spent = self._run(call)
-            made.frames.extend(frames)
-            made.latents.extend(latents)
-            seconds += spent
-            self._done += 1
-            if self.progress is not None:
-                self.progress("generations to try settings", self._done, 0)
-        return Generated(made.frames, made.latents, seconds)
+    def _generate(self, call: Mapping[str, Any]) -> Generated:
+        made = self._run(call)
+        self._done += 1
+        if self.progress is not None:
+            self.progress("generations to try settings", self._done, 0)
+        return made
 
-    def _run(self, call: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], float]:
+    def _run(self, call: Mapping[str, Any]) -> Generated:
         arguments = {k: v for k, v in call.items() if k not in ("generator", "output_type")}
         configured = dict(getattr(self.pipe, "_progress_bar_config", {}))
         try:
@@ -225,7 +260,7 @@ class Trials:
             made = output.frames if hasattr(output, "frames") else output.images[:, None]
             # Half precision is 20 dB finer than the 8 bits that will be written.
             frames = list(made.to(torch.float16).cpu())
-        return frames, list(clock.latents.float().cpu()), clock.denoise_s
+        return Generated(frames, list(clock.latents.float().cpu()), clock.denoise_s)
 
 
 @dataclass
@@ -287,15 +322,11 @@ class _Look:
             self._place = Place(layout, *shape)
             self._layers = len(self._family.attention_layers(module))
 
-    def seen(self, seconds: float, calls: int) -> Seen | None:
+    def seen(self, seconds: float, prompts: int) -> Seen | None:
         if self._place is None:
             return None
         steps = len(self._pipe.scheduler.timesteps)
-        return Seen(self._place, self._layers, steps, seconds / self._forwards)
-
-
-def _frames(made: Generated, dense: Generated) -> tuple[list[Tensor], list[Tensor]]:
-    return [one.float() for one in made.frames], [one.float() for one in dense.frames]
+        return Seen(self._place, self._layers, steps, seconds / self._forwards, prompts)
 
 
 def _key(setting: Setting) -> str:

@@ -13,7 +13,7 @@ from dit_accel.choosing import trials
 from dit_accel.choosing.automatic import calibrate_auto
 from dit_accel.choosing.budget import Budget
 from dit_accel.choosing.forecast import Forecast
-from dit_accel.choosing.settings import attention_lines, block_size_for, cache_lines
+from dit_accel.choosing.settings import Setting, attention_lines, block_size_for, cache_lines
 from dit_accel.choosing.times import AttentionTimes
 from dit_accel.errors import OptionError
 from dit_accel.guard.options import guard_option, settle_guard
@@ -30,8 +30,8 @@ def counted(monkeypatch):
     """Let time be the number of blocks and attention pairs, which every machine agrees on."""
     generate = trials.Trials._generate
 
-    def counting(self):
-        made = generate(self)
+    def counting(self, call):
+        made = generate(self, call)
         acceleration = self.pipe.__dict__.get("_dit_accel")
         share = 1.0
         if acceleration is not None:
@@ -89,12 +89,34 @@ def test_a_second_budget_is_served_from_what_was_measured(counted, cache_home, m
     first = acceleration_report(pipe).choice
     assert len(list((cache_home / "choices").iterdir())) == 1
 
-    def never(self):
+    def never(self, call):
         raise AssertionError("generated again")
 
     monkeypatch.setattr(trials.Trials, "_generate", never)
     accelerate_pipeline(pipe, methods, max_error=0.3, **given)
     assert acceleration_report(pipe).choice.chosen == first.chosen
+
+
+def test_hopeless_settings_cost_few_prompts_and_are_resumed_for_another_budget(counted):
+    pipe = TINY_PIPELINES["flux"][0]()
+    calls = [
+        {**TINY_PIPELINES["flux"][1], "prompt": text, "generator": seed, "num_inference_steps": 8}
+        for seed, text in enumerate("abcd")
+    ]
+    settings = {"strict": Budget(max_error=1e-6), "lax": Budget(max_error=5.0)}
+    setting = Setting(("taylorseer",), {"taylorseer": {"interval": 4}})
+    run = trials.Trials(pipe, calls, decode=False, hopeless=settings["strict"].hopeless)
+    given_up = run.measure(setting)
+    assert len(given_up.error) == 1
+    assert given_up.margin_db(settings["strict"]) < 0
+    assert "(1 prompts)" in str(given_up)
+    assert run.measure(setting) is given_up
+    later = trials.Trials(pipe, calls, decode=False, hopeless=settings["lax"].hopeless)
+    later.recall(run.points, run.look())
+    whole = later.measure(setting)
+    assert len(whole.error) == 4
+    assert whole.error[0] == pytest.approx(given_up.error[0])
+    assert not hasattr(pipe, "_dit_accel")
 
 
 def test_a_calibration_serves_its_model_its_size_and_its_steps(tmp_path, counted):

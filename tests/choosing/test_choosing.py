@@ -84,6 +84,23 @@ def test_few_trials_find_nearly_the_nearest_for_a_speed(target):
     assert "method='auto' took" in choice.why
 
 
+def test_a_cache_that_comes_nearer_again_is_taken_at_its_strongest():
+    def measure(setting: Setting) -> Point:
+        point = world(setting)
+        if setting.options.get("first_block_cache", {}).get("threshold") == STRENGTHS[-1]:
+            return replace(point, psnr_db=tuple(33.0 + i / 10 for i in range(8)))
+        return point
+
+    budget = Budget(min_psnr=30)
+    names = ("easycache", "first_block_cache")
+    caches = [one for one in LINES if one.method in names]
+    found = Search(budget, caches, measure, lambda setting: None)
+    chosen = choose(found.run(), budget, {}, []).chosen
+    assert str(chosen.setting) == "first_block_cache threshold=8"
+    tried = [str(point.setting) for point in found.points]
+    assert len(tried) == len(set(tried)) <= 6
+
+
 def test_methods_that_would_not_pay_are_not_tried():
     told = {"pisa": 0.9, "gna": 1.2}
     found = search(Budget(min_psnr=30), lambda setting: told.get(setting.methods[0]))
@@ -131,6 +148,26 @@ def test_budgets_out_of_reach_say_what_is_in_reach():
 def test_impossible_budgets(wrong):
     with pytest.raises(OptionError, match=next(iter(wrong))):
         Budget(**wrong)
+
+
+def test_a_setting_is_hopeless_once_too_many_prompts_missed():
+    budget = Budget(min_psnr=30)
+    good, bad = [35.0] * 13, [29.9]
+    assert not budget.hopeless(good + bad, [], 1.5, 16)
+    assert budget.hopeless(good + 2 * bad, [], 1.5, 16)
+    assert budget.hopeless(bad, [], 1.5, 4)  # none of four may miss
+    assert not budget.hopeless(bad, [], 1.5, 10)
+    # What it says holds: with all the others perfect, it isn't within the budget.
+    assert budget.margin_db([*good, *2 * bad, 100.0], [0.1] * 16) < 0
+    assert Budget(max_error=0.1).hopeless([], [0.2, 0.2], 1.5, 16)
+    assert not Budget(max_error=0.1).hopeless([], [0.09, 0.05], 1.5, 16)
+
+
+def test_a_setting_is_hopeless_if_it_is_surely_too_slow():
+    assert Budget(min_psnr=30).hopeless([50.0], [], 0.9, 16)
+    assert not Budget(min_psnr=30).hopeless([50.0], [], 1.0, 16)  # one prompt may mislead
+    assert Budget(target_speedup=2).hopeless([50.0], [], 1.7, 16)
+    assert not Budget(target_speedup=2).hopeless([10.0], [9.0], 1.9, 16)
 
 
 def test_fewer_prompts_leave_a_larger_margin():

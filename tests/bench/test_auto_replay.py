@@ -1,0 +1,55 @@
+"""Replaying the automatic choice on a measured grid."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+auto_replay = pytest.importorskip("auto_replay")
+
+EASY, FIRST = "easycache", "first_block_cache"
+
+
+def row(method, threshold, speedup, psnr_db):
+    options = {method: {"threshold": threshold, "first_steps": 2}}
+    return {
+        "grid": {"methods": [method], "options": options},
+        "speedup": speedup,
+        "psnr_db": psnr_db,
+    }
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """EasyCache loses 2 dB a step; the other is faster, and half of its prompts are bad."""
+    steps = range(1, 10)
+    good = [row(EASY, n, 1 + n / 10, [45 - 2 * n + i % 4 / 10 for i in range(32)]) for n in steps]
+    torn = [20.0 if i % 2 == 0 else None for i in range(32)]  # None: no difference
+    rows = [*good, row(FIRST, 1, 3.0, torn), {"budget": 30, "psnr_db": [1.0]}]
+    path = tmp_path / "auto-x.json"
+    path.write_text(json.dumps({"rows": rows}))
+    return auto_replay.read(path)
+
+
+def test_lines_go_from_weak_to_strong(grid):
+    lines = {line.method: line for line in auto_replay.lines(grid)}
+    assert lines[EASY].values == tuple(range(1, 10))
+    assert lines[EASY].knob == "threshold"
+    assert lines[EASY].own == {"first_steps": 2}
+    assert auto_replay.key(lines[FIRST].at(0)) in grid
+
+
+def test_what_is_chosen_keeps_to_the_budget(grid):
+    share, kept, of_best, trials = auto_replay.replay(grid, 16, 30)
+    assert (share, kept) == (1, 1)
+    assert of_best == pytest.approx(1.0, abs=0.06)  # 7 steps, or one less to be careful
+    assert trials <= len(grid)
+
+
+def test_nothing_within_the_budget_is_dense(grid):
+    share, kept, of_best, _ = auto_replay.replay(grid, 16, 60)
+    assert (share, kept, of_best) == (1, 1, 1)
