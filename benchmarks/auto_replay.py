@@ -6,7 +6,8 @@ Needs no model: the grid's settings with their PSNR for 32 prompts are split by 
 of ``method="auto"`` runs on one part, and what it chooses is judged by the other. Pairs that are
 not in the grid count as not to be run. Prints, for each number of prompts tried and each budget:
 the mean share within it, how often that share was nine in ten or more, the speed-up over that of
-the fastest setting that a grid search on the other part finds, and how many settings were tried.
+the fastest setting that a grid search on the other part finds, how many settings were tried, and
+how many generations that took where prompts are generated one by one.
 """
 
 from __future__ import annotations
@@ -73,12 +74,13 @@ def lines(grid: Mapping[str, Measured]) -> list[Line]:
 
 
 def replay(grid: Mapping[str, Measured], tried: int, target: float) -> tuple[float, ...]:
-    """Return the mean share within the budget, how often it is kept, of the best, and trials."""
+    """Return how often it is kept, and means of: share within, of best, trials, generations."""
     generator = np.random.default_rng(0)
     budget, on = Budget(min_psnr=target), lines(grid)
     shares: list[float] = []
     of_best: list[float] = []
     trials: list[int] = []
+    generations: list[int] = []
     for _ in range(DRAWS):
         order = generator.permutation(len(next(iter(grid.values())).psnr_db))
         ours, others = order[:tried], order[tried:]
@@ -87,8 +89,11 @@ def replay(grid: Mapping[str, Measured], tried: int, target: float) -> tuple[flo
             one = grid.get(key(setting))
             if one is None:
                 return None
-            psnr_db = tuple(one.psnr_db[ours])
-            return Point(setting, 1 / one.speedup, one.speedup, psnr_db, (0.0,) * tried)
+            psnr_db = one.psnr_db[ours].tolist()
+            for ran in range(1, tried + 1):
+                if budget.hopeless(psnr_db[:ran], [], one.speedup, tried):
+                    break
+            return Point(setting, 1.0, one.speedup, tuple(psnr_db[:ran]), (0.0,) * ran)
 
         search = Search(budget, on, measure, lambda setting: None)
         chosen = choose(search.run(), budget, {}, []).chosen
@@ -100,8 +105,9 @@ def replay(grid: Mapping[str, Measured], tried: int, target: float) -> tuple[flo
         shares.append(float(np.mean(reached >= target)))
         of_best.append((1.0 if chosen is None else chosen.speedup) / best)
         trials.append(len(search.points))
+        generations.append(sum(len(point.psnr_db) for point in search.points))
     kept = np.mean([share >= 0.9 for share in shares])
-    return float(np.mean(shares)), float(kept), float(np.mean(of_best)), float(np.mean(trials))
+    return float(kept), *(float(np.mean(of)) for of in (shares, of_best, trials, generations))
 
 
 def main() -> None:
@@ -115,11 +121,11 @@ def main() -> None:
         grid = read(path)
         for tried in args.tried:
             for budget in args.budgets:
-                share, kept, of_best, trials = replay(grid, tried, budget)
+                kept, share, of_best, trials, generations = replay(grid, tried, budget)
                 print(
                     f"{path.stem}, {tried} tried, {budget:g} dB: {share:.1%} within, kept in "
                     f"{kept:.0%} of the draws, {of_best:.2f} of the best fixed setting's speed-up, "
-                    f"{trials:.0f} settings"
+                    f"{trials:.0f} settings, {generations:.0f} generations"
                 )
 
 

@@ -59,10 +59,13 @@ class Budget:
         Counted from what nine prompts in ten reach, of all (`low_quantile`) and of those tried; an
         error counts as an amplitude.
         """
-        margins = [math.inf]
-        for each in self._margins(psnr_db, error):
-            margins += [low_quantile(each), sorted(each)[int(MISSES * len(each))]]
-        return min(margins)
+        surely = [low_quantile(each) for each in self._margins(psnr_db, error)]
+        return min([self.tail_db(psnr_db, error), *surely])
+
+    def tail_db(self, psnr_db: Sequence[float], error: Sequence[float]) -> float:
+        """Return by how many dB nine in ten of these prompts keep to the budget of quality."""
+        margins = self._margins(psnr_db, error)
+        return min((sorted(each)[int(MISSES * len(each))] for each in margins), default=math.inf)
 
     def hopeless(
         self, psnr_db: Sequence[float], error: Sequence[float], speedup: float, prompts: int

@@ -133,11 +133,15 @@ def choose(
 ) -> Choice:
     """Return the fastest point within the budget of quality, or the best one that is fast enough.
 
+    What was given up early, under this budget or another, is not chosen.
+
     Raises:
         OptionError: if a speed is asked for that nothing reaches, or not at the quality asked for.
     """
     target = max(budget.target_speedup or 0.0, WORTHWHILE)
-    good = [p for p in points if p.speedup >= target and p.margin_db(budget) >= 0]
+    prompts = max((len(point.error) for point in points), default=0)
+    whole = [point for point in points if len(point.error) == prompts]
+    good = [p for p in whole if p.speedup >= target and p.margin_db(budget) >= 0]
     if not good and budget.target_speedup is not None:
         raise OptionError(_unmet(points, budget))
     if not good:

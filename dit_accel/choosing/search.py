@@ -139,9 +139,13 @@ class Search:
                 for p in trace.points.values()
             )
         return max(
-            max(_saved(p), 1e-3) * 2 ** (min(p.margin_db(self.budget), 2 * OCTAVE_DB) / OCTAVE_DB)
+            max(_saved(p), 1e-3) * 2 ** (min(self._tail_db(p), 2 * OCTAVE_DB) / OCTAVE_DB)
             for p in trace.points.values()
         )
+
+    def _tail_db(self, point: Point) -> float:
+        """Return by how much its worst prompts keep to the budget; few prompts say that, too."""
+        return self.budget.tail_db(point.psnr_db, point.error)
 
     def _try_pairs(self, traces: Sequence[_Trace]) -> None:
         """Try attention methods with caches, the fastest that are expected to keep to the budget.
@@ -172,9 +176,10 @@ class Search:
 
 def _pair(attention: Point, cache: Point) -> Point:
     """Return what is expected of two settings at once."""
-    both = zip(attention.psnr_db, cache.psnr_db, strict=True)
+    # One may have been given up earlier than the other: the prompts that both have.
+    both = zip(attention.psnr_db, cache.psnr_db, strict=False)
     psnr = tuple(-10 * math.log10(10 ** (-a / 10) + 10 ** (-c / 10)) for a, c in both)
-    errors = zip(attention.error, cache.error, strict=True)
+    errors = zip(attention.error, cache.error, strict=False)
     error = tuple(math.hypot(a, c) for a, c in errors)
     speedup = attention.speedup * cache.speedup
     setting = together(attention.setting, cache.setting)

@@ -1,7 +1,6 @@
 """Measures settings on the user's pipeline: time, PSNR and error of the latents, per prompt.
 
-A setting that can't be chosen any more is given up between two calls of the pipeline: most settings
-cost a prompt or two then, and those near the budget all of them.
+A setting that can't be chosen any more is given up between two calls of the pipeline.
 """
 
 from __future__ import annotations

@@ -44,12 +44,13 @@ def test_lines_go_from_weak_to_strong(grid):
 
 
 def test_what_is_chosen_keeps_to_the_budget(grid):
-    share, kept, of_best, trials = auto_replay.replay(grid, 16, 30)
-    assert (share, kept) == (1, 1)
+    kept, share, of_best, trials, generations = auto_replay.replay(grid, 16, 30)
+    assert (kept, share) == (1, 1)
     assert of_best == pytest.approx(1.0, abs=0.06)  # 7 steps, or one less to be careful
     assert trials <= len(grid)
+    assert generations < 16 * trials  # what is hopeless ends early
 
 
 def test_nothing_within_the_budget_is_dense(grid):
-    share, kept, of_best, _ = auto_replay.replay(grid, 16, 60)
-    assert (share, kept, of_best) == (1, 1, 1)
+    kept, share, of_best, *_ = auto_replay.replay(grid, 16, 60)
+    assert (kept, share, of_best) == (1, 1, 1)

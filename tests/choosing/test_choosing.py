@@ -101,6 +101,39 @@ def test_a_cache_that_comes_nearer_again_is_taken_at_its_strongest():
     assert len(tried) == len(set(tried)) <= 6
 
 
+@pytest.mark.parametrize("decibels", [20, 30, 40])
+def test_giving_up_early_finds_the_same_with_fewer_prompts(decibels):
+    budget = Budget(min_psnr=decibels)
+    ran: list[int] = []
+
+    def racing(setting: Setting) -> Point:
+        point = world(setting)
+        count = next(
+            (n for n in range(1, 8) if budget.hopeless(point.psnr_db[:n], [], point.speedup, 8)), 8
+        )
+        ran.append(count)
+        return replace(point, psnr_db=point.psnr_db[:count], error=point.error[:count])
+
+    found = Search(budget, LINES, racing, lambda setting: None)
+    chosen = choose(found.run(), budget, {}, []).chosen
+    whole = choose(search(budget).points, budget, {}, []).chosen
+    assert len(chosen.psnr_db) == 8
+    assert chosen.speedup >= 0.97 * whole.speedup
+    assert sum(ran) < 0.8 * 8 * len(ran)
+
+
+def test_pairs_are_found_where_one_member_was_given_up_early():
+    budget = Budget(target_speedup=2.0)
+
+    def racing(setting: Setting) -> Point:
+        point = world(setting)
+        few = 1 if budget.hopeless(point.psnr_db[:1], [], point.speedup, 8) else 8
+        return replace(point, psnr_db=point.psnr_db[:few], error=point.error[:few])
+
+    found = Search(budget, LINES, racing, lambda setting: None)
+    assert any(len(point.setting.methods) == 2 for point in found.run())
+
+
 def test_methods_that_would_not_pay_are_not_tried():
     told = {"pisa": 0.9, "gna": 1.2}
     found = search(Budget(min_psnr=30), lambda setting: told.get(setting.methods[0]))
@@ -128,6 +161,14 @@ def test_nothing_worthwhile_stays_dense_and_says_so():
     choice = choose(points, Budget(min_psnr=70), {}, [])
     assert choice.chosen is None
     assert f"The nearest to dense that is faster: {points[0]}" in choice.why
+
+
+def test_what_was_given_up_for_another_budget_is_not_chosen():
+    fast, slow = world(LINES[2].at(6)), world(LINES[2].at(3))
+    part = replace(fast, psnr_db=fast.psnr_db[:1], error=fast.error[:1])
+    assert choose([fast, slow], Budget(min_psnr=20), {}, []).chosen is fast
+    assert choose([part, slow], Budget(min_psnr=20), {}, []).chosen is slow
+    assert choose([part, slow], Budget(target_speedup=1.3), {}, []).chosen is slow
 
 
 def test_budgets_out_of_reach_say_what_is_in_reach():
