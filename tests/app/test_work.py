@@ -88,8 +88,8 @@ def counted(monkeypatch, tmp_path):
     """Let the time of a trial be the blocks that ran, and keep results out of the user's folder."""
     generate = trials.Trials._generate
 
-    def counting(self: Any) -> Any:
-        made = generate(self)
+    def counting(self: Any, call: Any) -> Any:
+        made = generate(self, call)
         acceleration = self.pipe.__dict__.get("_dit_accel")
         skipped = acceleration.report().blocks_skipped if acceleration else None
         return trials.Generated(made.frames, made.latents, 1 - (skipped or 0.0))
