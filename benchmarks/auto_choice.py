@@ -126,8 +126,7 @@ class ModelBench:
 
     def grid(self, task: Mapping[str, Any]) -> Row:
         """Measure a setting of the grid on the held-out prompts."""
-        setting = Setting(tuple(task["grid"]["methods"]), task["grid"]["options"])
-        return self.held(setting)
+        return self.held(_setting(task))
 
 
 def _row(point: Point) -> Row:
@@ -166,11 +165,10 @@ def singles(bench: ModelBench, rows: list[Row], offset: int | None) -> Iterator[
     strongest value pays: what is weaker is slower.
     """
     trials = bench.trials("held_out")
-    speedups = {_name(row["grid"]): row["speedup"] for row in rows if "psnr_db" in row}
+    speedups = {_setting(row).key: row["speedup"] for row in rows if "psnr_db" in row}
     for line in bench.lines():
         strongest = line.at(-1)
-        told = trials.predict(strongest)
-        told = speedups.get(_name(asdict(strongest)), told)
+        told = speedups.get(strongest.key, trials.predict(strongest))
         if told is not None and told < WORTHWHILE:
             continue
         if offset is None:
@@ -179,8 +177,8 @@ def singles(bench: ModelBench, rows: list[Row], offset: int | None) -> Iterator[
             yield from (line.at(index) for index in range(offset, len(line.values), 4))
 
 
-def _name(grid: Row) -> str:
-    return json.dumps(grid, sort_keys=True)
+def _setting(row: Mapping[str, Any]) -> Setting:
+    return Setting(tuple(row["grid"]["methods"]), row["grid"]["options"])
 
 
 def pairs(rows: list[Row], budget: float) -> list[Setting]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,19 +39,14 @@ class Measured(NamedTuple):
 
 
 def read(path: Path) -> dict[str, Measured]:
-    """Return the grid's settings by their JSON; one that changes nothing has no PSNR."""
+    """Return the grid's settings by their keys; one that changes nothing has no PSNR."""
     found = {}
     for row in json.loads(path.read_text())["rows"]:
         if "grid" in row and "psnr_db" in row:
             setting = Setting(tuple(row["grid"]["methods"]), row["grid"]["options"])
             psnr_db = np.array([MOST_DB if one is None else one for one in row["psnr_db"]])
-            found[key(setting)] = Measured(setting, row["speedup"], psnr_db)
+            found[setting.key] = Measured(setting, row["speedup"], psnr_db)
     return found
-
-
-def key(setting: Setting) -> str:
-    """Return what a setting is found by."""
-    return json.dumps(asdict(setting), sort_keys=True)
 
 
 def lines(grid: Mapping[str, Measured]) -> list[Line]:
@@ -86,7 +80,7 @@ def replay(grid: Mapping[str, Measured], tried: int, target: float) -> tuple[flo
         ours, others = order[:tried], order[tried:]
 
         def measure(setting: Setting, ours: Any = ours) -> Point | None:
-            one = grid.get(key(setting))
+            one = grid.get(setting.key)
             if one is None:
                 return None
             psnr_db = one.psnr_db[ours].tolist()
@@ -100,7 +94,7 @@ def replay(grid: Mapping[str, Measured], tried: int, target: float) -> tuple[flo
         good = [one for one in grid.values() if np.mean(one.psnr_db[others] >= target) >= 0.9]
         best = max([one.speedup for one in good if one.speedup >= WORTHWHILE], default=1.0)
         reached = (
-            np.full(1, MOST_DB) if chosen is None else grid[key(chosen.setting)].psnr_db[others]
+            np.full(1, MOST_DB) if chosen is None else grid[chosen.setting.key].psnr_db[others]
         )
         shares.append(float(np.mean(reached >= target)))
         of_best.append((1.0 if chosen is None else chosen.speedup) / best)

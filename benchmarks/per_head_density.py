@@ -5,7 +5,7 @@
 For each attention method and density: 16 prompts with one density for all heads, then with the same
 mean density shared out by error curves that were measured on other prompts. The budget is what the
 uniform run computed in its sparse calls, so that both cost the same; the rows hold both densities,
-and whether they are alike.
+and those that are not alike are marked, and left out of the summary.
 Protocol as in `fidelity.py`: the first quarter of the steps dense, no layer, blocks of 32 tokens,
 the same noise. One JSON file a model, written after each row; rows that it holds are kept.
 """
@@ -102,8 +102,6 @@ class ModelBench:
         shared = shared_out(*given)[1] if self.args.always else per_head_method(*given)
         per_head = self._run(row, "per_head", shared, None)
         row["densities"] = shared.densities
-        costs = [row[kind]["sparse_density"] for kind in ("uniform", "per_head")]
-        row["equal_cost"] = costs[1] <= COSTS_ALIKE * costs[0]
         for what in ("psnr_db", "latent"):
             gain = np.asarray(per_head[what]) - np.asarray(uniform[what])
             picks = np.random.default_rng(0).integers(len(gain), size=(10_000, len(gain)))
@@ -182,6 +180,12 @@ def measure_model(model: str, args: argparse.Namespace) -> Row:
     return results.content
 
 
+def costs_alike(row: Row) -> bool:
+    """Return whether sharing out cost no more than one density for all."""
+    uniform, shared = (row[kind]["sparse_density"] for kind in ("uniform", "per_head"))
+    return bool(shared <= COSTS_ALIKE * uniform)
+
+
 def line(row: Row) -> str:
     """One row for a terminal."""
     text = f"{row['method']:26s} {row['density']:<5g}"
@@ -189,7 +193,7 @@ def line(row: Row) -> str:
         if name in row:
             return f"{text} {name}: {row[name]}"
     one, other = row["uniform"], row["per_head"]
-    text += "" if row["equal_cost"] else " NOT AT EQUAL COST"
+    text += "" if costs_alike(row) else " NOT AT EQUAL COST"
     low, high = row["psnr_db_gain_interval"]
     return (
         f"{text} density {one['sparse_density']:.3f} / {other['sparse_density']:.3f}, PSNR "
@@ -208,7 +212,7 @@ def summary(contents: list[Row]) -> Row:
                 *row["psnr_db_gain_interval"],
             ]
             for row in content["rows"]
-            if "psnr_db_gain" in row and row["equal_cost"]
+            if "psnr_db_gain" in row and costs_alike(row)
         }
         for content in contents
     }

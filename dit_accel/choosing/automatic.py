@@ -146,8 +146,9 @@ def calibrate_auto(
     times = AttentionTimes(guard=settle_guard(general.get("guard"))) if times is None else times
     told = Prediction(times)
     decode = budget.min_psnr is not None or budget.max_error is None
-    ends = budget.hopeless
-    trials = Trials(pipe, calls, decode=decode, predict=told, hopeless=ends, progress=progress)
+    trials = Trials(
+        pipe, calls, decode=decode, predict=told, hopeless=budget.hopeless, progress=progress
+    )
     where = _circumstances(pipe, calls, {**general, **(options or {})}, trials.decode)
     path = kept_path(where)
     if path is not None and path.exists():

@@ -34,7 +34,7 @@ class _Trace:
     high: int
     low: int = -1
     points: dict[int, Point] = field(default_factory=dict)
-    over: bool = False
+    refused: bool = False
 
     @property
     def strongest(self) -> int:
@@ -97,7 +97,7 @@ class Search:
             return False
         point = self.measure(trace.line.at(index))
         if point is None:
-            trace.over = True
+            trace.refused = True
             return False
         self.points.append(point)
         trace.points[index] = point
@@ -110,7 +110,7 @@ class Search:
     def _next(self, trace: _Trace) -> int | None:
         """Return the value of a line to try next; None when it is settled."""
         for_quality = self.budget.target_speedup is None
-        if trace.over or trace.low == trace.strongest:
+        if trace.refused or trace.low == trace.strongest:
             return None
         worth_a_look = for_quality or trace.high > trace.strongest
         if trace.points and trace.strongest not in trace.points and worth_a_look:
@@ -138,14 +138,12 @@ class Search:
                 -_error_db(p) + OCTAVE_DB * math.log2(max(_saved(p), 1e-3) / _saved_at(target))
                 for p in trace.points.values()
             )
+        # By the worst prompts: few prompts, of what was given up, say that, too.
+        tails = ((p, self.budget.tail_db(p.psnr_db, p.error)) for p in trace.points.values())
         return max(
-            max(_saved(p), 1e-3) * 2 ** (min(self._tail_db(p), 2 * OCTAVE_DB) / OCTAVE_DB)
-            for p in trace.points.values()
+            max(_saved(p), 1e-3) * 2 ** (min(tail_db, 2 * OCTAVE_DB) / OCTAVE_DB)
+            for p, tail_db in tails
         )
-
-    def _tail_db(self, point: Point) -> float:
-        """Return by how much its worst prompts keep to the budget; few prompts say that, too."""
-        return self.budget.tail_db(point.psnr_db, point.error)
 
     def _try_pairs(self, traces: Sequence[_Trace]) -> None:
         """Try attention methods with caches, the fastest that are expected to keep to the budget.

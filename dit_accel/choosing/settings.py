@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -30,6 +31,11 @@ class Setting:
 
     methods: tuple[str, ...] = ("dense",)
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others, for people, too: the name, and all options."""
+        return f"{self} {json.dumps(self.options, sort_keys=True)}"
 
     def __str__(self) -> str:
         """Name the methods and their knobs."""

@@ -140,7 +140,7 @@ class Trials:
 
     def recall(self, points: Sequence[Point], seen: Seen) -> None:
         """Take points as measured: from earlier, under the same circumstances."""
-        self._points |= {_key(point.setting): point for point in points}
+        self._points |= {point.setting.key: point for point in points}
         self.seen = seen
 
     def look(self) -> Seen:
@@ -169,7 +169,7 @@ class Trials:
 
     def measure(self, setting: Setting) -> Point | None:
         """Return the point of a setting; None if this pipeline can't run it."""
-        key = _key(setting)
+        key = setting.key
         known = self._points.get(key)
         if key not in self.refused and (known is None or self._wants_more(known)):
             try:
@@ -219,7 +219,7 @@ class Trials:
         seconds = dense_s = 0.0
         psnr_db: list[float] = []
         error: list[float] = []
-        prompts = sum(len(one.latents) for one in self._dense)
+        prompts = self.look().prompts
         for call, dense in zip(self.calls, self._dense, strict=True):
             made = self._generate(call)
             seconds, dense_s = seconds + made.seconds, dense_s + dense.seconds
@@ -326,7 +326,3 @@ class _Look:
             return None
         steps = len(self._pipe.scheduler.timesteps)
         return Seen(self._place, self._layers, steps, seconds / self._forwards, prompts)
-
-
-def _key(setting: Setting) -> str:
-    return f"{setting} {sorted(setting.options.items(), key=str)}"

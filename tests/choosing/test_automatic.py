@@ -97,21 +97,21 @@ def test_a_second_budget_is_served_from_what_was_measured(counted, cache_home, m
     assert acceleration_report(pipe).choice.chosen == first.chosen
 
 
-def test_hopeless_settings_cost_few_prompts_and_are_resumed_for_another_budget(counted):
+def test_hopeless_settings_cost_few_prompts_and_are_measured_anew_for_another_budget(counted):
     pipe = TINY_PIPELINES["flux"][0]()
     calls = [
         {**TINY_PIPELINES["flux"][1], "prompt": text, "generator": seed, "num_inference_steps": 8}
         for seed, text in enumerate("abcd")
     ]
-    settings = {"strict": Budget(max_error=1e-6), "lax": Budget(max_error=5.0)}
+    strict, lax = Budget(max_error=1e-6), Budget(max_error=5.0)
     setting = Setting(("taylorseer",), {"taylorseer": {"interval": 4}})
-    run = trials.Trials(pipe, calls, decode=False, hopeless=settings["strict"].hopeless)
+    run = trials.Trials(pipe, calls, decode=False, hopeless=strict.hopeless)
     given_up = run.measure(setting)
     assert len(given_up.error) == 1
-    assert given_up.margin_db(settings["strict"]) < 0
+    assert given_up.margin_db(strict) < 0
     assert "(1 prompts)" in str(given_up)
     assert run.measure(setting) is given_up
-    later = trials.Trials(pipe, calls, decode=False, hopeless=settings["lax"].hopeless)
+    later = trials.Trials(pipe, calls, decode=False, hopeless=lax.hopeless)
     later.recall(run.points, run.look())
     whole = later.measure(setting)
     assert len(whole.error) == 4
