@@ -29,7 +29,7 @@ class Planner:
         self, method: AttentionMethod | None, density: float | None, min_tokens: int
     ) -> None:
         self.method, self.density, self.min_tokens = method, density, min_tokens
-        self._methods: dict[TokenLayout, AttentionMethod] = {}
+        self._methods: dict[tuple[TokenLayout, TokenOrder | None], AttentionMethod] = {}
         self._plans: dict[Any, AttentionPlan] = {}
         self._selections: dict[Any, tuple[int, Tensor]] = {}  # of the running generation, by step
 
@@ -37,17 +37,34 @@ class Planner:
         """Forget what belongs to one generation: a new one is about to run."""
         self._selections.clear()
 
-    def method_for(self, layout: TokenLayout) -> AttentionMethod:
-        """Return the method with its options set for the requested density on ``layout``."""
-        if layout not in self._methods:
+    def method_for(self, layout: TokenLayout, order: TokenOrder | None = None) -> AttentionMethod:
+        """Return the method with its options set for the requested density on ``layout``.
+
+        Args:
+            layout: of the calls.
+            order: that other layers have chosen; None for the method's own on ``layout``.
+        """
+        if (layout, order) not in self._methods:
             method, density = self.method, self.density
             if method is None:
                 raise RuntimeError("asked for an attention method where none is attached")
             short = layout.video_length < self.min_tokens
             if density is not None and density < 1 and not short:
-                method = method.at_density(density, layout)
-            self._methods[layout] = method
-        return self._methods[layout]
+                method = method.at_density(density, layout, order)
+            self._methods[layout, order] = method
+        return self._methods[layout, order]
+
+    def method_of(self, call: AttentionCall, running: RunningForward) -> AttentionMethod:
+        """Return the method with its options set for one call of a forward.
+
+        Some layers see the video alone, and samples have texts of different lengths: the share of
+        the density that text takes in one call is the video's in another.
+        """
+        first, own = running.layouts[0], call.layout
+        alike = (first.grid, first.text_length) == (own.grid, own.text_length)
+        if alike or running.resolution is not None:
+            return running.method
+        return self.method_for(own, running.wanted)
 
     def plan(
         self,
@@ -68,12 +85,9 @@ class Planner:
             running: the forward that it is part of.
             known: the tokens' statistics, if they have been made already.
         """
-        method, order = running.method, running.wanted
+        method, order = self.method_of(call, running), running.wanted
         if self.density == 1 and running.resolution is None:
             return DensePlan("density=1", order)
-        if not isinstance(method, StaticMethod) and running.resolution is None:
-            # Some layers see the video alone, and samples have texts of different lengths.
-            method = self.method_for(call.layout)
         if isinstance(method, StaticMethod):
             return self.static_plan(method, call.layout, order, query.device)
         if not isinstance(method, SelectingMethod):

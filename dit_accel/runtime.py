@@ -348,7 +348,11 @@ class Runtime:
                 return self._dense(*qkv, None, scale, call, "no attention method is chosen")
             method, reason = self._planner.method_for(call.layout), self.schedule.dense_reason(call)
             as_usual = replace(
-                running, method=method, wanted=method.token_order(call.layout.grid), resolution=None
+                running,
+                layouts=(call.layout,),
+                method=method,
+                wanted=method.token_order(call.layout.grid),
+                resolution=None,
             )
             return self._sample(*qkv, scale, call, reason, as_usual)
 

@@ -71,11 +71,19 @@ class AttentionMethod(Method):
         """Return the order of the video tokens in which this method's blocks are compact."""
         return RASTER
 
-    def at_density(self, density: float, layout: TokenLayout) -> Self:
+    def at_density(
+        self, density: float, layout: TokenLayout, order: TokenOrder | None = None
+    ) -> Self:
         """Return this method with its options set so that at most ``density`` of the pairs stay.
 
         The pairs counted are those that a kernel computes, text included: what
         `BlockSparsePlan.block_density` of the plan for ``layout`` says. 1 means exactly dense.
+
+        Args:
+            density: in (0, 1].
+            layout: of the calls.
+            order: of the video tokens, where something else has decided on it, such as the other
+                layers of a model whose layers see different tokens; None for `token_order`.
 
         Raises:
             OptionError: if ``density`` lies outside (0, 1].

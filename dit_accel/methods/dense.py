@@ -27,7 +27,9 @@ class Dense(AttentionMethod):
         """Keep every pair; see `AttentionMethod.plan`."""
         return DensePlan("method is dense", order)
 
-    def at_density(self, density: float, layout: TokenLayout) -> Self:
+    def at_density(
+        self, density: float, layout: TokenLayout, order: TokenOrder | None = None
+    ) -> Self:
         """Return this method if ``density`` is 1; see `AttentionMethod.at_density`."""
         check_density(density)
         if density < 1:

@@ -127,7 +127,9 @@ class GNA(StaticMethod):
         """Return the state of each pair of blocks; see `StaticMethod.tile_states`."""
         return window_states(self.axes(layout.grid), order, self.block_size, device)
 
-    def at_density(self, density: float, layout: TokenLayout) -> Self:
+    def at_density(
+        self, density: float, layout: TokenLayout, order: TokenOrder | None = None
+    ) -> Self:
         """Return this with its windows scaled by one factor; see `AttentionMethod.at_density`.
 
         Windows keep their proportions, and axes seen whole (1.0) stay whole unless all are. The
@@ -139,35 +141,43 @@ class GNA(StaticMethod):
             return replace(self, window=1.0, stride=1, dilation=1)
         shares = [isinstance(window, float) for window in _per_axis(self.window, 1.0)]
         whole = [s and w == 1.0 for s, w in zip(shares, _per_axis(self.window, 1.0), strict=True)]
-        return self.scaled_to(density, layout, [all(whole) or not stays for stays in whole])
+        scaled = [all(whole) or not stays for stays in whole]
+        return self.scaled_to(density, layout, order, scaled=scaled)
 
-    def scaled_to(self, density: float, layout: TokenLayout, scaled: Sequence[bool]) -> Self:
+    def scaled_to(
+        self,
+        density: float,
+        layout: TokenLayout,
+        order: TokenOrder | None = None,
+        *,
+        scaled: Sequence[bool],
+    ) -> Self:
         """Return this with the windows on the ``scaled`` axes as large as ``density`` allows."""
         axes = self.axes(layout.grid)
         most = [axis.size // axis.dilation for axis in axes]
         largest = max(m / a.window for m, a, free in zip(most, axes, scaled, strict=True) if free)
         windows = _distinct_windows(axes, most, scaled, largest)
         options = [self._with_windows(axes, w) for w in windows]
-        least = options[0].block_density(layout)
+        least = options[0].block_density(layout, order)
         if least > density:
             raise unreachable(self, density, layout, least)
         if layout.video_length <= EVERY_WINDOW_BLOCKS * self.block_size:
             # Few blocks line up badly with many windows, so that density jumps: ask them all.
-            return next(o for o in reversed(options) if o.block_density(layout) <= density)
+            return next(o for o in reversed(options) if o.block_density(layout, order) <= density)
         # Finding the best order is the slow part, and it changes little with the window: search
         # in one order, then step down until the order that will be used agrees. (Not in that of
         # the largest window: it may be dense, and then any order is as good.)
         guess = int((len(options) - 1) * density ** (1 / sum(scaled)))
-        order = options[guess].token_order(layout.grid)
+        in_order = order or options[guess].token_order(layout.grid)
 
         def fits(index: int) -> bool:
-            return options[index].block_density(layout, order) <= density
+            return options[index].block_density(layout, in_order) <= density
 
         best = bisect_right(range(len(options)), False, key=lambda index: not fits(index)) - 1
         # Not quite monotone: a larger window may line up better with the blocks.
         above = range(best + 1, min(best + 7, len(options)))
         best = max([best, *(index for index in above if fits(index))])
-        while best > 0 and options[best].block_density(layout) > density:
+        while best > 0 and options[best].block_density(layout, order) > density:
             best -= 1
         return options[max(best, 0)]
 

@@ -143,21 +143,23 @@ class Radial(StaticMethod):
         masked = _any_part(farthest > reach, block_of)
         return torch.where(visited, torch.where(masked, PARTIAL, FULL), EMPTY).to(torch.int8)
 
-    def at_density(self, density: float, layout: TokenLayout) -> Self:
+    def at_density(
+        self, density: float, layout: TokenLayout, order: TokenOrder | None = None
+    ) -> Self:
         """Return this with the largest decay that fits; see `AttentionMethod.at_density`."""
         check_density(density)
         if density == 1:
             return replace(self, decay=math.inf)
         # At the upper end every band is as wide as a frame, so the mask grows no more.
         low, high = 0.0, 2.0 ** (layout.grid[0].bit_length() + 1)
-        least = replace(self, decay=low).block_density(layout)
+        least = replace(self, decay=low).block_density(layout, order)
         if least > density:
             raise unreachable(self, density, layout, least)
-        if replace(self, decay=high).block_density(layout) <= density:
+        if replace(self, decay=high).block_density(layout, order) <= density:
             return replace(self, decay=high)
         for _ in range(16):
             middle = (low + high) / 2
-            if replace(self, decay=middle).block_density(layout) <= density:
+            if replace(self, decay=middle).block_density(layout, order) <= density:
                 low = middle
             else:
                 high = middle

@@ -233,12 +233,14 @@ class SelectingMethod(AttentionMethod):
         plan = self.joint_plan(key, selection, statistics, call.layout, order)
         return replace(plan, choosing_pairs=cost), selection
 
-    def at_density(self, density: float, layout: TokenLayout) -> Self:
+    def at_density(
+        self, density: float, layout: TokenLayout, order: TokenOrder | None = None
+    ) -> Self:
         """Return this method with a budget that makes `JointPlan.density` come to ``density``.
 
         Counted are all pairs, text and choosing included, a mean of tokens as one key. The budget
-        is the same whatever the tokens are, and is met on average over the query blocks, and over
-        the steps that a choice serves.
+        is the same whatever the tokens and their order are, and is met on average over the query
+        blocks, and over the steps that a choice serves.
         """
         check_density(density)
         if density == 1:

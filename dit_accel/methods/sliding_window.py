@@ -77,11 +77,13 @@ class SlidingWindow(StaticMethod):
         """Return the state of each pair of blocks; see `StaticMethod.tile_states`."""
         return self.as_gna().tile_states(layout, order, device)
 
-    def at_density(self, density: float, layout: TokenLayout) -> Self:
+    def at_density(
+        self, density: float, layout: TokenLayout, order: TokenOrder | None = None
+    ) -> Self:
         """Return this with both windows scaled by one factor; see `AttentionMethod.at_density`."""
         check_density(density)
         if density == 1:
             return replace(self, window=1.0)
-        gna = self.as_gna().scaled_to(density, layout, scaled=(False, True, True))
+        gna = self.as_gna().scaled_to(density, layout, order, scaled=(False, True, True))
         _, h, w = gna.axes(layout.grid)
         return replace(self, window=(h.window, w.window))

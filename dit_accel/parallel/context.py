@@ -144,9 +144,7 @@ class ContextParallel:
             guard: that watches sparse calls, if one does.
         """
         call = replace(call, layout=replace(call.layout, text_first=False))
-        method, chosen = running.method, list[Operator]()
-        if isinstance(method, SelectingMethod):
-            method = self.planner.method_for(call.layout)
+        method, chosen = self.planner.method_of(call, running), list[Operator]()
         if reason is None:
             scale = method.scaled(scale, query[0].shape[-1])
         ring = RingCall(split, call, method, scale, partial(self._choose, chosen), self._lists)

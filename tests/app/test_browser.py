@@ -138,6 +138,7 @@ def test_choosing_for_a_budget_or_safely(open_page):
     page.locator("#generate-start").click()
     result = page.locator("#generate-result")
     expect(result).to_contain_text("What was chosen, and why")
+    expect(page.locator("#generate-start")).to_be_enabled()
     expect(result).to_contain_text("method='auto' took 'pisa'")
     expect(result.locator("img.da-report")).to_be_visible()
     assert "accelerate_pipeline(pipe, 'auto')" in result.locator("code").inner_text()
@@ -313,6 +314,14 @@ def test_every_tab_is_accessible(open_page, scheme):
         page.get_by_role("tab", name=tab).click()
         page.get_by_role("tabpanel").locator("visible=true").first.wait_for()
         assert serious(page) == [], tab
+
+
+def test_nothing_slides_for_those_who_asked_for_less_motion(open_page):
+    lasting = (
+        "[...document.querySelectorAll('button')].map(b => getComputedStyle(b).transitionDuration)"
+    )
+    assert set(open_page(reduced_motion="no-preference").evaluate(lasting)) != {"0s"}
+    assert set(open_page().evaluate(lasting)) == {"0s"}
 
 
 def test_a_phone_is_wide_enough(open_page):

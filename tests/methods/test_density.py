@@ -6,6 +6,7 @@ import torch
 from dit_accel import GNA, Dense, Radial, SlidingWindow
 from dit_accel.call import TokenLayout
 from dit_accel.errors import DensityUnreachableError, OptionError
+from dit_accel.grid import RASTER, TokenOrder
 from dit_accel.plan import BlockSparsePlan, DensePlan
 
 METHODS = [
@@ -34,6 +35,16 @@ def test_at_most_what_was_asked_for(method, layout, density):
     assert isinstance(plan, BlockSparsePlan)
     assert density - 0.2 < plan.block_density <= density
     assert plan.density <= plan.block_density + 1e-9
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("order", [RASTER, TokenOrder((2, 2, 4))], ids=["raster", "tiles"])
+def test_at_most_what_was_asked_for_in_an_order_that_others_chose(method, layout, order):
+    if isinstance(method, Radial) and not order.is_raster:
+        pytest.skip("it works in raster order alone")
+    kept = method.at_density(0.8, layout, order).block_density(layout, order)
+    assert 0.55 < kept <= 0.8
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "radial" not in m.id])

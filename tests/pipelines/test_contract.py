@@ -109,6 +109,17 @@ def test_every_call_has_the_density_that_was_asked_for(subject, method):
         assert call.density == pytest.approx(0.85, rel=0.1)
 
 
+@pytest.mark.parametrize("density", [0.6, 0.85])
+@pytest.mark.parametrize("method", ["gna", "sliding_window"])
+def test_no_call_is_much_sparser_than_asked_for(subject, method, density):
+    """Also where some layers see the video alone, and text takes nothing of the density."""
+    options = {"block_size": 16}
+    accelerate_pipeline(subject.pipe, method, density=density, **options, **EVERYWHERE)
+    subject.run()
+    for call in acceleration_report(subject.pipe).calls:
+        assert density - 0.2 <= call.block_density <= density
+
+
 @pytest.mark.parametrize("method", ["psa", "rectified", "pisa"])
 def test_a_plan_serves_as_many_steps_as_asked_for(subject, method, monkeypatch):
     options = SPARSE_OPTIONS[method]
