@@ -79,13 +79,13 @@ def replay(grid: Mapping[str, Measured], tried: int, target: float) -> tuple[flo
         order = generator.permutation(len(next(iter(grid.values())).psnr_db))
         ours, others = order[:tried], order[tried:]
 
-        def measure(setting: Setting, ours: Any = ours) -> Point | None:
+        def measure(setting: Setting, to_beat: float, ours: Any = ours) -> Point | None:
             one = grid.get(setting.key)
             if one is None:
                 return None
             psnr_db = one.psnr_db[ours].tolist()
             for ran in range(1, tried + 1):
-                if budget.hopeless(psnr_db[:ran], [], one.speedup, tried):
+                if budget.hopeless(psnr_db[:ran], [], one.speedup, tried, to_beat):
                     break
             return Point(setting, 1.0, one.speedup, tuple(psnr_db[:ran]), (0.0,) * ran)
 

@@ -28,7 +28,7 @@ from dit_accel.methods.base import AttentionMethod, check_density
 from dit_accel.operators import check_backend
 from dit_accel.pipelines.base import PipelineFamily, Undo
 from dit_accel.policy import policy_rows
-from dit_accel.presets import DEFAULT, Preset, auto_method, preset_for
+from dit_accel.presets import attention_preset, auto_method, preset_for, source_of
 from dit_accel.registry import family_class, list_families, method_class
 from dit_accel.report import AccelerationReport, forward_seconds
 from dit_accel.runtime import Runtime
@@ -67,6 +67,7 @@ def accelerate_pipeline(
     max_error: float | None = None,
     target_speedup: float | None = None,
     probe: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    probe_s: float | None = None,
     calibration: str | Path | None = None,
     per_head: bool | str | Path = False,
     progress: Callable[[str, int, int], None] | None = None,
@@ -74,7 +75,8 @@ def accelerate_pipeline(
 ) -> Any:
     """Attach an attention method, a cache, a guidance, a resolution method. For inference.
 
-    Calling it again replaces what was attached; `restore_pipeline` undoes it exactly.
+    Calling it again replaces what was attached; `restore_pipeline` undoes it exactly. Returns the
+    pipeline.
 
     Args:
         pipe: a pipeline of a known family (see `list_families`).
@@ -102,9 +104,10 @@ def accelerate_pipeline(
         target_speedup: likewise, the setting nearest to dense with which denoising is so much
             faster. With a cache by name and no min_psnr, this and max_error choose its strength
             alone, and speed is counted in block calls.
-        probe: what to try it on: keyword arguments of ``pipe(...)``, or a list of these, with the
-            steps and the size that will be used and some 16 prompts. None: prompts that a
-            bundled model knows.
+        probe: keyword arguments of ``pipe(...)`` to try it on, or a list of these, of the size and
+            steps that will be used, some 16 prompts. None: prompts that a bundled model knows.
+        probe_s: seconds for trying settings, the dense generations included: what was found by
+            then is taken. A repeated call goes on from there. None: no limit.
         calibration: a file of ``dit-accel calibrate --method auto``, in place of ``probe``. Refused
             if made with another model, GPU or version, or for another size or number of steps.
         per_head: True shares ``density`` out among layers and heads by what each loses, measured on
@@ -112,9 +115,6 @@ def accelerate_pipeline(
         progress: told of each generation that is tried: for what, how many so far, in all (or 0).
         options: options of the methods given by name, e.g. ``decay=0.5``; a dict under a method's
             name goes to that method alone, e.g. ``radial={"decay": 0.5}``.
-
-    Returns:
-        The same pipeline.
 
     Raises:
         UnknownPipelineError: if its transformer belongs to no known family.
@@ -126,7 +126,8 @@ def accelerate_pipeline(
     general |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "min_tokens": min_tokens}
     general["guard"] = guard_option(guard)  # so that what is tried for a wish is what will run
     wish = dict[str, Any](min_psnr=min_psnr, max_error=max_error, target_speedup=target_speedup)
-    wish |= dict(probe=probe, calibration=calibration, per_head=per_head or None, progress=progress)
+    wish |= dict(probe=probe, probe_s=probe_s, calibration=calibration)
+    wish |= dict(per_head=per_head or None, progress=progress)
     acceleration = _prepare(pipe, method, general, compile, wish, options)
     acceleration.guard_by(guard)
     _replace(pipe, acceleration)
@@ -203,14 +204,14 @@ def _prepare(
     _check_exact(attention, general["precision"])
     if general["density"] is not None:
         check_density(general["density"])
-    preset = _attention_preset(chosen, variants)
+    preset = attention_preset(chosen, variants)
     schedule = Schedule.make(
         *(
             getattr(preset, name) if general[name] is None else general[name]
             for name in ("dense_steps", "dense_layers", "min_tokens")
         )
     )
-    source, compiled = _source(chosen, variants), compat.compile_options(compiling)
+    source, compiled = source_of(chosen, variants), compat.compile_options(compiling)
     calibration = None if settled else _calibrate(pipe, chosen, wish, {**general, **options})
     if calibration is not None:
         methods = compose(chosen, {**options, calibration.method: calibration.options}, defaults)
@@ -250,17 +251,22 @@ def _settle_budget(
     options: Mapping[str, Any],
 ) -> Settled | None:
     """Choose methods and their strengths, if a budget asks for more than a cache's strength."""
-    given = {name for name, value in wish.items() if value is not None} - {"progress"}
+    given = {name for name, value in wish.items() if value is not None} - {"progress", "probe_s"}
     if "per_head" in given and given - {"per_head", "probe"}:
         raise OptionError(
             "per_head shares density= out, and a budget would choose it: leave one out."
         )
-    if not given or "per_head" in given:
-        return None
     kinds = [_class_of(name).kind for name in names if name != "auto"]
     one_cache = "cache" in kinds and "auto" not in names and len(set(kinds)) == len(kinds)
-    if one_cache and not given & {"min_psnr", "calibration"}:
-        return None  # about the strength of that cache alone
+    # About the strength of that cache alone.
+    of_cache = one_cache and not given & {"min_psnr", "calibration"}
+    if not given or "per_head" in given or of_cache:
+        if wish["probe_s"] is not None:
+            raise OptionError(
+                "probe_s limits how long settings are tried for a budget, and none is asked for "
+                "that would choose among settings: leave it out."
+            )
+        return None
     from dit_accel.choosing.automatic import settle  # above this module, as calibration is
 
     with _set_aside(pipe):
@@ -467,20 +473,6 @@ def _settle_auto(
 
 def _class_of(member: str | Method) -> type[Method]:
     return method_class(member) if isinstance(member, str) else type(member)
-
-
-def _source(chosen: Sequence[str | Method], variants: tuple[str, ...]) -> str:
-    """Say where the settings of the methods chosen by name come from."""
-    names = [member for member in chosen if isinstance(member, str)]
-    sources = [preset_for(*variants, method=name).source for name in names]
-    return "; ".join(sources or [DEFAULT.source])
-
-
-def _attention_preset(chosen: Sequence[str | Method], variants: tuple[str, ...]) -> Preset:
-    """Return the published settings of the attention method, if it was chosen by name."""
-    names = [name for name in chosen if isinstance(name, str)]
-    attention = [name for name in names if method_class(name).kind == "attention"]
-    return preset_for(*variants, method=attention[0]) if attention else DEFAULT
 
 
 def _check_exact(method: AttentionMethod | None, precision: str | None) -> None:

@@ -7,11 +7,14 @@ defaults and `DEFAULT` apply, so neither a new method nor a new family has to co
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
+
+from dit_accel.kinds import Method
+from dit_accel.registry import method_class
 
 
 @dataclass(frozen=True)
@@ -224,3 +227,17 @@ def preset_for(*variants: str, method: str) -> Preset:
         if (variant, method) in PRESETS:
             return PRESETS[variant, method]
     return DEFAULT
+
+
+def source_of(chosen: Sequence[str | Method], variants: tuple[str, ...]) -> str:
+    """Say where the settings of the methods chosen by name come from."""
+    names = [member for member in chosen if isinstance(member, str)]
+    sources = [preset_for(*variants, method=name).source for name in names]
+    return "; ".join(sources or [DEFAULT.source])
+
+
+def attention_preset(chosen: Sequence[str | Method], variants: tuple[str, ...]) -> Preset:
+    """Return the published settings of the attention method, if it was chosen by name."""
+    names = [name for name in chosen if isinstance(name, str)]
+    attention = [name for name in names if method_class(name).kind == "attention"]
+    return preset_for(*variants, method=attention[0]) if attention else DEFAULT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +21,12 @@ from dit_accel.choosing.cost import CostModel, Workload
 from dit_accel.choosing.search import Search
 from dit_accel.choosing.settings import Line, Setting, attention_lines, cache_lines
 from dit_accel.choosing.times import AttentionTimes
-from dit_accel.choosing.trials import Prediction, Seen, Trials
+from dit_accel.choosing.trials import OutOfTime, Prediction, Seen, Trials
 from dit_accel.errors import OptionError, did_you_mean
 from dit_accel.generation import GenerationRequest, Progress
 from dit_accel.guard.options import guard_option, settle_guard
 from dit_accel.models import world_of
+from dit_accel.parallel.pipeline import is_spread
 from dit_accel.presets import AUTO_ORDER, DEFAULT
 from dit_accel.registry import list_methods, method_class, option_names
 from dit_accel.world.worlds import fixed_prompts
@@ -33,6 +35,10 @@ Row = dict[str, Any]
 PROMPTS = 16
 """Fixed prompts of a bundled model that are tried where none are given."""
 _GENERAL = ("dense_steps", "dense_layers", "min_tokens", "backend", "precision", "guard")
+_TOO_SHORT = (
+    "probe_s: {}, and nothing was tried yet. Give more time, fewer prompts or fewer steps; or no "
+    "budget, which takes a careful setting without trying any."
+)
 _USUAL_STEPS = 0.25
 """Dense first steps of all attention settings that are tried."""
 
@@ -78,7 +84,7 @@ def settle(
     Args:
         pipe: the pipeline.
         names: "auto", or the methods to choose among.
-        wish: the `Budget` by its fields, and "probe", "calibration" and "progress" as
+        wish: the `Budget` by its fields, and "probe", "probe_s", "calibration" and "progress" as
             `accelerate_pipeline` has them. No budget stands for `USUAL_PSNR`.
         general: `accelerate_pipeline`'s own options.
         options: of single methods.
@@ -100,6 +106,7 @@ def settle(
         names=names,
         general=general,
         options=options,
+        probe_s=wish["probe_s"],
         progress=wish["progress"],
     )
     return Settled(made.choice, _setting(made.choice))
@@ -126,6 +133,7 @@ def calibrate_auto(
     names: Sequence[str] = ("auto",),
     general: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    probe_s: float | None = None,
     progress: Progress | None = None,
     times: AttentionTimes | None = None,
 ) -> Made:
@@ -136,34 +144,55 @@ def calibrate_auto(
 
     Args:
         pipe, budget, probe, names, general, options: see `settle`.
+        probe_s: seconds after which no more is generated; None: no limit.
         progress: told of every generation.
         times: what attention calls take; None: the table, or measured here.
 
     Raises:
         OptionError: see `settle`.
     """
+    check_probe_s(probe_s)
+    if is_spread(pipe):
+        raise OptionError(
+            "a budget times settings, and ranks would time, and choose, differently: measure on "
+            "one GPU, before parallelize_pipeline or with `dit-accel calibrate --method auto`, and "
+            "give every rank the file, calibration=...."
+        )
     calls, general = _calls(pipe, probe), _given(general or {})
     times = AttentionTimes(guard=settle_guard(general.get("guard"))) if times is None else times
     told = Prediction(times)
     decode = budget.min_psnr is not None or budget.max_error is None
     trials = Trials(
-        pipe, calls, decode=decode, predict=told, hopeless=budget.hopeless, progress=progress
+        pipe,
+        calls,
+        decode=decode,
+        predict=told,
+        hopeless=budget.hopeless,
+        probe_s=probe_s,
+        progress=progress,
     )
     where = _circumstances(pipe, calls, {**general, **(options or {})}, trials.decode)
     path = kept_path(where)
     if path is not None and path.exists():
         _recall(trials, path, where)
-    seen = trials.look()
+    try:
+        seen = trials.look()
+    except OutOfTime as short:
+        raise OptionError(_TOO_SHORT.format(short)) from None
     told.model = CostModel(Workload(seen.place, seen.layers, seen.steps, 1), seen.dense_s, times)
     lines = lines_for(pipe, names, seen.place.layout, general, options or {})
-    search = Search(budget, lines, trials.measure, told)
+    search, ended = Search(budget, lines, trials.measure, told), ""
     try:
-        points = search.run()
+        search.run()
+    except OutOfTime as over:
+        if not search.points:
+            raise OptionError(_TOO_SHORT.format(over)) from None
+        ended = str(over)
     finally:
         if path is not None and trials.points and where is not None:
             save(path, where, seen.to_row(), trials.points)
     refused = {**trials.refused, **search.idle}
-    choice = choose(points, budget, refused, list(times.sources))
+    choice = choose(search.points, budget, refused, list(times.sources), ended)
     return Made(choice, {**_about(pipe), **_tried_with(general)}, seen.to_row())
 
 
@@ -183,6 +212,13 @@ def probe_for(
     texts = [entry["prompt"] for entry in fixed_prompts(world)[:: 64 // count][:count]]
     tried = [replace(request, prompt=text, seed=seed) for seed, text in enumerate(texts, 1)]
     return calls_for(pipe, tried, len(tried) if pipe.device.type == "cuda" else 1)
+
+
+def check_probe_s(probe_s: Any) -> None:
+    """Raise `OptionError` unless a limit is None or a number of seconds."""
+    number = isinstance(probe_s, int | float) and not isinstance(probe_s, bool)
+    if probe_s is not None and not (number and 0 < probe_s < math.inf):
+        raise OptionError(f"probe_s={probe_s!r} must be a number of seconds over 0, or None.")
 
 
 def _check(
@@ -215,6 +251,8 @@ def _check(
         )
     if wish["probe"] is not None and wish["calibration"] is not None:
         raise OptionError("probe= measures anew, and calibration= is measured: leave one out.")
+    if wish["probe_s"] is not None and wish["calibration"] is not None:
+        raise OptionError("probe_s limits measuring, and calibration= is measured: leave one out.")
     _check_options(names, options)
 
 

@@ -17,8 +17,8 @@ _COVERED, _CONFIDENCE = 1.2816, 1.2816
 """Normal quantiles: nine prompts in ten, with a confidence of nine in ten."""
 MISSES = 0.1
 """Share of the prompts that may miss a budget of quality."""
-_SURELY_SLOWER = 0.9
-"""Of the speed-up asked for: what a few prompts may scatter by."""
+SURELY_SLOWER = 0.9
+"""Of another speed-up: what a few prompts may scatter by."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,12 @@ class Budget:
         return min((sorted(each)[int(MISSES * len(each))] for each in margins), default=math.inf)
 
     def hopeless(
-        self, psnr_db: Sequence[float], error: Sequence[float], speedup: float, prompts: int
+        self,
+        psnr_db: Sequence[float],
+        error: Sequence[float],
+        speedup: float,
+        prompts: int,
+        to_beat: float = 0.0,
     ) -> bool:
         """Return whether a setting can't be chosen any more, whatever the other prompts bring.
 
@@ -77,8 +82,9 @@ class Budget:
             error: likewise, of their latents.
             speedup: over these prompts.
             prompts: how many are to be tried in all.
+            to_beat: speed-up of a setting that could be chosen instead.
         """
-        if speedup < _SURELY_SLOWER * max(self.target_speedup or 0.0, WORTHWHILE):
+        if speedup < SURELY_SLOWER * max(self.target_speedup or 0.0, WORTHWHILE, to_beat):
             return True
         each = self._margins(psnr_db, error)
         return any(sum(one < 0 for one in of) > int(MISSES * prompts) for of in each)

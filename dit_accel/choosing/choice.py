@@ -129,11 +129,22 @@ def frontier(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def choose(
-    points: Sequence[Point], budget: Budget, refused: Mapping[str, str], sources: Sequence[str]
+    points: Sequence[Point],
+    budget: Budget,
+    refused: Mapping[str, str],
+    sources: Sequence[str],
+    ended: str = "",
 ) -> Choice:
     """Return the fastest point within the budget of quality, or the best one that is fast enough.
 
     What was given up early, under this budget or another, is not chosen.
+
+    Args:
+        points: all that were measured.
+        budget: what is asked for.
+        refused: settings that this pipeline can't run, and why.
+        sources: where predicted times came from.
+        ended: why no more settings were tried, if more would have been.
 
     Raises:
         OptionError: if a speed is asked for that nothing reaches, or not at the quality asked for.
@@ -143,7 +154,7 @@ def choose(
     whole = [point for point in points if len(point.error) == prompts]
     good = [p for p in whole if p.speedup >= target and p.margin_db(budget) >= 0]
     if not good and budget.target_speedup is not None:
-        raise OptionError(_unmet(points, budget))
+        raise OptionError(_unmet(points, budget) + _sentence(ended))
     if not good:
         why = (
             f"method='auto' stays dense: nothing that was tried keeps to {budget} and is "
@@ -152,6 +163,7 @@ def choose(
         faster = [point for point in points if point.speedup >= WORTHWHILE]
         if faster:
             why += f". The nearest to dense that is faster: {max(faster, key=_quality)}"
+        why += _sentence(ended)
         return Choice(budget, None, why, tuple(points), refused, tuple(sources))
     if budget.target_speedup is None:
         best = max(good, key=lambda point: point.speedup)
@@ -159,7 +171,7 @@ def choose(
     else:
         best = max(good, key=_quality)
         reason = f"the nearest to dense of {len(points)} settings tried that gives {budget}"
-    why = f"method='auto' took {best.setting}: {reason}"
+    why = f"method='auto' took {best.setting}: {reason}{_sentence(ended)}"
     return Choice(budget, best, why, tuple(points), refused, tuple(sources))
 
 
@@ -196,6 +208,10 @@ def kept_path(where: Row | None) -> Path | None:
         return None
     digest = hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:16]
     return folder / "choices" / f"{digest}.json"
+
+
+def _sentence(ended: str) -> str:
+    return f". More may be found with more time: {ended}" if ended else ""
 
 
 def _quality(point: Point) -> float:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dit_accel.choosing.budget import WORTHWHILE, Budget
+from dit_accel.choosing.budget import SURELY_SLOWER, WORTHWHILE, Budget
 from dit_accel.choosing.choice import Point
 from dit_accel.choosing.settings import Line, Setting, together
 
-Measure = Callable[[Setting], Point | None]
-"""Measures a setting; None if this pipeline can't run it."""
+Measure = Callable[[Setting, float], Point | None]
+"""Measures a setting, as far as it may be faster than a speed-up; None if it can't be run."""
 Predict = Callable[[Setting], float | None]
 """Foretells a setting's speed-up; None if it can't."""
 
@@ -25,7 +25,7 @@ OCTAVE_DB = 4.0
 
 @dataclass
 class _Trace:
-    """What is known of one line: every point up to ``low`` may be passed, none from ``high`` on.
+    """What is known of one line: what may be chosen lies above ``low`` or at it, below ``high``.
 
     The strongest value is no part of that where it is within a budget of quality all the same.
     """
@@ -49,7 +49,8 @@ class Search:
     Along a line a stronger value is faster and further from dense, so that the last value within
     a budget of quality, or the first that is fast enough, is found by halving. A method whose
     middle value promises little is left at that. Of the others the strongest value comes next: some
-    caches hardly change from a certain strength on, or even come nearer to dense again.
+    caches hardly change from a certain strength on, or even come nearer to dense again. For a
+    budget of quality, what is slower than the best found so far is run no further.
 
     Attributes:
         budget: what is asked for.
@@ -95,17 +96,22 @@ class Search:
         index = self._next(trace)
         if index is None or len(self.points) >= self.most:
             return False
-        point = self.measure(trace.line.at(index))
+        point = self._measure(trace.line.at(index))
         if point is None:
             trace.refused = True
             return False
-        self.points.append(point)
         trace.points[index] = point
         if self._may_be_stronger(point):
             trace.low = max(trace.low, index)
         else:
             trace.high = min(trace.high, index)
         return True
+
+    def _measure(self, setting: Setting) -> Point | None:
+        point = self.measure(setting, self._best_speedup())
+        if point is not None:
+            self.points.append(point)
+        return point
 
     def _next(self, trace: _Trace) -> int | None:
         """Return the value of a line to try next; None when it is settled."""
@@ -116,18 +122,23 @@ class Search:
         if trace.points and trace.strongest not in trace.points and worth_a_look:
             return trace.strongest
         nearest_over = trace.points.get(trace.high)
-        if for_quality and nearest_over is not None and nearest_over.speedup <= self._to_beat():
+        to_beat = max(WORTHWHILE, self._best_speedup())
+        if for_quality and nearest_over is not None and nearest_over.speedup <= to_beat:
             return None  # what is weaker is slower still
         return None if trace.high - trace.low < 2 else (trace.low + trace.high) // 2
 
     def _may_be_stronger(self, point: Point) -> bool:
         if self.budget.target_speedup is not None:
             return point.speedup < self.budget.target_speedup
-        return point.margin_db(self.budget) >= 0
+        too_slow = point.speedup < SURELY_SLOWER * self._best_speedup()
+        return too_slow or point.margin_db(self.budget) >= 0
 
-    def _to_beat(self) -> float:
-        good = [p.speedup for p in self.points if p.margin_db(self.budget) >= 0]
-        return max([WORTHWHILE, *good])
+    def _best_speedup(self) -> float:
+        """Return the speed-up of what would be chosen for a budget of quality alone."""
+        if self.budget.target_speedup is not None:
+            return 0.0  # what is nearer to dense is chosen, not what is faster
+        good = (point for point in self.points if point.margin_db(self.budget) >= 0)
+        return max((point.speedup for point in good), default=0.0)
 
     def _promise(self, trace: _Trace) -> float:
         """Return how much a line may gain: for its best point, the time saved at the budget."""
@@ -165,11 +176,9 @@ class Search:
         for pair in fits[:PAIRS]:
             if len(self.points) >= self.most:
                 return
-            if target is None and pair.speedup <= self._to_beat():
+            if target is None and pair.speedup <= max(WORTHWHILE, self._best_speedup()):
                 return
-            point = self.measure(pair.setting)
-            if point is not None:
-                self.points.append(point)
+            self._measure(pair.setting)
 
 
 def _pair(attention: Point, cache: Point) -> Point:

@@ -1,10 +1,12 @@
 """Measures settings on the user's pipeline: time, PSNR and error of the latents, per prompt.
 
-A setting that can't be chosen any more is given up between two calls of the pipeline.
+A setting that can't be chosen any more is given up between two calls of the pipeline; so is all
+that is left when the time is over.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,8 +106,12 @@ class Seen:
         return cls(place, row["layers"], row["steps"], row["dense_s"], row["prompts"])
 
 
-Hopeless = Callable[[Sequence[float], Sequence[float], float, int], bool]
-"""Whether a setting is given up: PSNR and errors so far, speed-up, prompts in all."""
+Hopeless = Callable[[Sequence[float], Sequence[float], float, int, float], bool]
+"""Whether a setting is given up; see `Budget.hopeless`."""
+
+
+class OutOfTime(Exception):
+    """The time for trying is over, or too short; says how far it came."""
 
 
 class Trials:
@@ -117,6 +123,8 @@ class Trials:
         decode: whether frames are compared, or latents alone.
         predict: foretells a setting's speed-up, for the record.
         hopeless: ends a setting's trial before all prompts are run; None: none ends early.
+        probe_s: seconds from now after which `OutOfTime` is raised in place of a generation, or as
+            soon as it is clear that the dense ones will take longer; None: never.
         progress: told of every generation.
     """
 
@@ -128,6 +136,7 @@ class Trials:
         decode: bool = True,
         predict: Callable[[Setting], float | None] = lambda setting: None,
         hopeless: Hopeless | None = None,
+        probe_s: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.pipe, self.calls, self.decode = pipe, list(calls), decode
@@ -137,6 +146,7 @@ class Trials:
         self.seen: Seen | None = None
         self._dense: list[Generated] = []
         self._done = 0
+        self._probe_s, self._began = probe_s, time.monotonic()
 
     def recall(self, points: Sequence[Point], seen: Seen) -> None:
         """Take points as measured: from earlier, under the same circumstances."""
@@ -161,35 +171,43 @@ class Trials:
         if not self._dense:
             self._warm_up()
             with _Look(self.pipe) as look:
-                dense = [self._generate(call) for call in self.calls]
+                dense = [self._generate_in_time(call, i) for i, call in enumerate(self.calls)]
             prompts = sum(len(one.latents) for one in dense)
             self.seen = self.seen or look.seen(sum(one.seconds for one in dense), prompts)
             self._dense = dense
         return self._dense
 
-    def measure(self, setting: Setting) -> Point | None:
-        """Return the point of a setting; None if this pipeline can't run it."""
+    def measure(self, setting: Setting, to_beat: float = 0.0) -> Point | None:
+        """Return the point of a setting; None if this pipeline can't run it.
+
+        Args:
+            setting: what to run.
+            to_beat: speed-up under which nobody wants to know more of it; see `Budget.hopeless`.
+
+        Raises:
+            OutOfTime: if the time is over; what was measured of this setting is lost.
+        """
         key = setting.key
         known = self._points.get(key)
-        if key not in self.refused and (known is None or self._wants_more(known)):
+        if key not in self.refused and (known is None or self._wants_more(known, to_beat)):
             try:
-                self._points[key] = self._measure(setting)
+                self._points[key] = self._measure(setting, to_beat)
             except DitAccelError as error:
                 self.refused[key] = str(error)
             finally:
                 restore_pipeline(self.pipe)
         return self._points.get(key)
 
-    def _wants_more(self, known: Point) -> bool:
+    def _wants_more(self, known: Point, to_beat: float) -> bool:
         """Whether a trial was ended early that would not end so now, under another budget."""
         prompts = self.look().prompts
         if len(known.error) == prompts:
             return False
         return self.hopeless is None or not self.hopeless(
-            known.psnr_db, known.error, known.speedup, prompts
+            known.psnr_db, known.error, known.speedup, prompts, to_beat
         )
 
-    def _measure(self, setting: Setting) -> Point:
+    def _measure(self, setting: Setting, to_beat: float) -> Point:
         accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
         if not self._dense:  # only now: what can't be attached is refused before a long run
             restore_pipeline(self.pipe)
@@ -200,7 +218,7 @@ class Trials:
         with warnings.catch_warnings():
             # That a setting is slow is what is to be found out.
             warnings.simplefilter("ignore", SpeedWarning)
-            seconds, dense_s, psnr_db, error = self._compare()
+            seconds, dense_s, psnr_db, error = self._compare(to_beat)
         report = acceleration_report(self.pipe)
         skipped = report.blocks_skipped
         return Point(
@@ -214,22 +232,40 @@ class Trials:
             self.predict(setting),
         )
 
-    def _compare(self) -> tuple[float, float, list[float], list[float]]:
+    def _compare(self, to_beat: float) -> tuple[float, float, list[float], list[float]]:
         """Generate until it is hopeless; return both times, and PSNR and error of each prompt."""
         seconds = dense_s = 0.0
         psnr_db: list[float] = []
         error: list[float] = []
         prompts = self.look().prompts
         for call, dense in zip(self.calls, self._dense, strict=True):
+            self._check_time()
             made = self._generate(call)
             seconds, dense_s = seconds + made.seconds, dense_s + dense.seconds
             for frames, wanted in zip(made.frames, dense.frames, strict=True):
                 psnr_db.append(min(psnr(frames.float(), wanted.float()), MOST_DB))
             for latents, wanted in zip(made.latents, dense.latents, strict=True):
                 error.append(relative_l1(latents, wanted))
-            if self.hopeless and self.hopeless(psnr_db, error, dense_s / seconds, prompts):
+            speedup = dense_s / seconds
+            if self.hopeless and self.hopeless(psnr_db, error, speedup, prompts, to_beat):
                 break
         return seconds, dense_s, psnr_db, error
+
+    def _check_time(self) -> None:
+        if self._probe_s is not None and time.monotonic() - self._began > self._probe_s:
+            raise OutOfTime(f"the {self._probe_s:g} s for trying settings are over")
+
+    def _generate_in_time(self, call: Mapping[str, Any], number: int) -> Generated:
+        """Generate one of the calls densely, if the others will have time, too."""
+        if self._probe_s is not None and number:
+            used_s = time.monotonic() - self._began
+            needed_s = used_s * len(self.calls) / number
+            if needed_s > self._probe_s:
+                raise OutOfTime(
+                    f"the dense generations alone take some {needed_s:.3g} s of the "
+                    f"{self._probe_s:g} s for trying settings"
+                )
+        return self._generate(call)
 
     def _warm_up(self) -> None:
         """Run two steps, so that no time is spent on kernels, plans and first allocations later."""

@@ -45,6 +45,10 @@ MinPsnr = Annotated[float | None, typer.Option(help="With auto: stay so near to 
 MaxError = Annotated[
     float | None, typer.Option(help="Skip all that keeps the latents this near to dense.")
 ]
+ProbeS = Annotated[
+    float | None,
+    typer.Option(help="With auto: seconds for trying settings; what was found by then is taken."),
+]
 Fit = Annotated[
     bool, typer.Option("--fit", help="Fit TeaCache's coefficients and MagCache's ratios.")
 ]
@@ -117,6 +121,7 @@ def calibrate(
     target_speedup: TargetSpeedup = None,
     min_psnr: MinPsnr = None,
     max_error: MaxError = None,
+    probe_s: ProbeS = None,
     fit: Fit = False,
     options: Options = None,
     model: Model = "tiny-wan",
@@ -150,7 +155,7 @@ def calibrate(
     from dit_accel.models import load_pipeline
 
     quieten_libraries()
-    _check_goals(method, fit, options, min_psnr)
+    _check_goals(method, fit, options, {"--min-psnr": min_psnr, "--probe-s": probe_s})
     own = parse_options(method, options or [], general=()) if method else {}
     own |= guard_options(guard, guard_error)
     _check_output(output)
@@ -159,8 +164,8 @@ def calibrate(
     place, precision = pick_device(device), pick_dtype(dtype)
     if method == "auto":
         budget = {"min_psnr": min_psnr, "max_error": max_error, "target_speedup": target_speedup}
-        _choose(output, model, requests, (place, precision), budget, own, as_json)
-        return
+        how = {"general": own, "probe_s": probe_s}
+        return _choose(output, model, requests, (place, precision), budget, how, as_json)
     found: Calibration | None = None
     with plain_warnings(), progress_bars() as progress:
         pipe = load_pipeline(model, device=place, dtype=precision)
@@ -193,13 +198,16 @@ def calibrate(
 
 
 def _check_goals(
-    method: str | None, fit: bool, options: list[str] | None, min_psnr: float | None
+    method: str | None,
+    fit: bool,
+    options: list[str] | None,
+    of_auto: dict[str, float | None],
 ) -> None:
     if method == "auto":
         if fit or options:
             raise OptionError("--method auto takes neither --fit nor --set: give --fit alone.")
-    elif min_psnr is not None:
-        raise OptionError("--min-psnr goes with --method auto.")
+    elif given := [name for name, value in of_auto.items() if value is not None]:
+        raise OptionError(f"{given[0]} goes with --method auto.")
     if method is None and not fit:
         raise OptionError("nothing to do: give --method with a goal, or --fit, or both.")
 
@@ -210,10 +218,20 @@ def _choose(
     requests: list[GenerationRequest],
     where: tuple[str, Any],
     budget: dict[str, float | None],
-    general: dict[str, Any],
+    how: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Try settings for a budget, and write what was measured."""
+    """Try settings for a budget, and write what was measured.
+
+    Args:
+        output: a .json.
+        model: its name.
+        requests: what to try settings on.
+        where: device and dtype.
+        budget: by its fields.
+        how: further arguments of `calibrate_auto`.
+        as_json: whether to print JSON.
+    """
     from dit_accel.calibration import calls_for
     from dit_accel.choosing.automatic import calibrate_auto
     from dit_accel.choosing.budget import USUAL_PSNR, Budget
@@ -223,7 +241,7 @@ def _choose(
     with plain_warnings(), progress_bars() as progress:
         pipe = load_pipeline(model, device=where[0], dtype=where[1])
         calls = calls_for(pipe, requests)
-        made = calibrate_auto(pipe, asked, calls, general=general, progress=progress)
+        made = calibrate_auto(pipe, asked, calls, progress=progress, **how)
     made.save(output)
     if as_json:
         print_json(made.choice.to_dict())

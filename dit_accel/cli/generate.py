@@ -59,6 +59,10 @@ MaxError = Annotated[float | None, typer.Option(help="The same, in relative L1 o
 TargetSpeedup = Annotated[
     float | None, typer.Option(help="Choose settings that are so many times faster.")
 ]
+ProbeS = Annotated[
+    float | None,
+    typer.Option(help="Seconds for trying settings; what was found by then is taken."),
+]
 CalibrationFile = Annotated[
     Path | None, typer.Option(help="A file of `calibrate --method auto`: nothing is tried.")
 ]
@@ -105,6 +109,7 @@ def generate(
     min_psnr: MinPsnr = None,
     max_error: MaxError = None,
     target_speedup: TargetSpeedup = None,
+    probe_s: ProbeS = None,
     calibration: CalibrationFile = None,
     compare: Compare = False,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
@@ -141,7 +146,7 @@ def generate(
 
     quieten_libraries()
     budget = {"min_psnr": min_psnr, "max_error": max_error, "target_speedup": target_speedup}
-    wish = _wish(budget, calibration)
+    wish = _wish(budget, probe_s, calibration)
     methods = ",".join(method or ["auto" if wish else "radial"])
     own = parse_options(methods, options or [], alternatives=bool(wish))
     chosen = {**own, **wish, **guard_options(guard, guard_error)}
@@ -177,12 +182,21 @@ def generate(
     _tell(result, outputs.all(compare))
 
 
-def _wish(budget: dict[str, float | None], calibration: Path | None) -> dict[str, Any]:
+def _wish(
+    budget: dict[str, float | None], probe_s: float | None, calibration: Path | None
+) -> dict[str, Any]:
     """Return what is asked for, once its numbers are known to be possible."""
+    from dit_accel.choosing.automatic import check_probe_s
     from dit_accel.choosing.budget import Budget
 
     Budget(**budget)
-    wish = {**budget, "calibration": calibration}
+    check_probe_s(probe_s)
+    if probe_s is not None and not any(budget.values()):
+        raise OptionError(
+            "--probe-s limits how long settings are tried for a budget: give one, such as "
+            "--min-psnr 30."
+        )
+    wish = {**budget, "probe_s": probe_s, "calibration": calibration}
     return {name: value for name, value in wish.items() if value is not None}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,50 @@ def test_hopeless_settings_cost_few_prompts_and_are_measured_anew_for_another_bu
     assert not hasattr(pipe, "_dit_accel")
 
 
+@pytest.fixture
+def clock(counted, monkeypatch):
+    """Let each generation take a second on the clock that limits look at."""
+    generate, now = trials.Trials._generate, [0.0]
+
+    def ticking(self, call):
+        now[0] += 1
+        return generate(self, call)
+
+    monkeypatch.setattr(trials.Trials, "_generate", ticking)
+    monkeypatch.setattr(trials, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+CACHES = ["first_block_cache", "easycache", "seacache"]
+
+
+def test_what_was_found_in_time_is_taken_and_a_repeated_call_goes_on(clock, cache_home):
+    pipe = TINY_PIPELINES["wan"][0]()
+    given = {"max_error": 0.9, "probe": probe_of("wan")}
+    accelerate_pipeline(pipe, CACHES, **given, probe_s=3.5)  # dense, and three settings
+    first = acceleration_report(pipe).choice
+    assert clock[0] == 1 + len(first.points) == 4
+    assert "the 3.5 s for trying settings are over" in first.why
+    before = clock[0]
+    accelerate_pipeline(pipe, CACHES, **given)
+    whole = acceleration_report(pipe).choice
+    assert "over" not in whole.why
+    assert whole.points[:3] == first.points
+    assert clock[0] == before + 1 + len(whole.points) - len(first.points)  # and dense once more
+    assert whole.chosen.speedup >= first.chosen.speedup
+
+
+def test_too_little_time_is_noticed_before_it_is_spent(clock, cache_home):
+    pipe = TINY_PIPELINES["wan"][0]()
+    calls = [{**TINY_PIPELINES["wan"][1], "prompt": text, "generator": 0} for text in "abcd"]
+    with pytest.raises(OptionError, match=r"dense generations alone take some 4 s of the 3 s"):
+        accelerate_pipeline(pipe, CACHES, max_error=0.9, probe=calls, probe_s=3)
+    assert clock[0] == 1
+    with pytest.raises(OptionError, match=r"nothing was tried yet\. Give more time, fewer prompts"):
+        accelerate_pipeline(pipe, CACHES, max_error=0.9, probe=probe_of("wan"), probe_s=0.5)
+    assert not hasattr(pipe, "_dit_accel")
+
+
 def test_a_calibration_serves_its_model_its_size_and_its_steps(tmp_path, counted):
     build, arguments = TINY_PIPELINES["wan"]
     pipe, path = build(), tmp_path / "auto.json"
@@ -194,6 +239,11 @@ def test_options_beside_a_calibration_are_what_it_was_made_with(tmp_path, counte
         (["auto", "easycache"], {"min_psnr": 30}, "give 'auto' alone"),
         ("auto", {"min_psnr": 30, "threshold": 0.1}, "belong to a method by name"),
         ("auto", {"min_psnr": 30, "probe": {}, "calibration": "a.json"}, "leave one out"),
+        ("auto", {"min_psnr": 30, "probe_s": 9, "calibration": "a.json"}, "leave one out"),
+        ("auto", {"min_psnr": 30, "probe": PROMPTS, "probe_s": 0}, "probe_s=0 must be"),
+        ("auto", {"probe_s": 9}, "probe_s limits how long"),
+        ("gna", {"density": 0.5, "per_head": True, "probe_s": 9}, "probe_s limits how long"),
+        ("easycache", {"max_error": 0.1, "probe": PROMPTS, "probe_s": 9}, "probe_s limits how"),
         ("auto", {"min_psnr": 30}, "say what to try"),
         ("auto", {"calibration": "nowhere.json"}, "can't be read"),
         ("auto", {"min_psnr": 30, "probe": [3]}, "keyword arguments of pipe"),

@@ -198,6 +198,9 @@ def bad_input(_split: dict[str, int]) -> dict[str, str]:
     accelerate_pipeline(guidance.pipe, "slg", layers=(1,))
     parallelize_pipeline(guidance.pipe, cfg=2)
     found["guidance beside cfg"] = refused(guidance.run)
+    found["budget over ranks"] = refused(
+        lambda: accelerate_pipeline(guidance.pipe, "pisa", min_psnr=30, probe=guidance.arguments)
+    )
     found["twice"] = refused(lambda: parallelize_pipeline(guidance.pipe, cfg=2))
     kontext = Subject("flux_kontext", "gna")
     parallelize_pipeline(kontext.pipe, ring=2)

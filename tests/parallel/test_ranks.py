@@ -63,6 +63,7 @@ def test_bad_input_is_refused_on_every_rank_alike(both):
         "other pipeline": ("ContextParallelError", "rank 1 has pipeline 'FluxPipeline'"),
         "other noise": ("ContextParallelError", "rank 1 has inputs"),
         "guidance beside cfg": ("ContextParallelError", "ulysses=2 or ring=2"),
+        "budget over ranks": ("OptionError", "give every rank the file, calibration="),
         "twice": ("OptionError", "unparallelize_pipeline"),
         "reference on a ring": ("ContextParallelError", "ulysses="),
         "no plan": ("ContextParallelError", "WanVACETransformer3DModel"),
