@@ -27,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the steps done and the steps in all; 0 if nobody knows."""
 
 
-BUDGETS = frozenset({"min_psnr", "max_error", "target_speedup", "calibration"})
+BUDGETS = frozenset({"min_psnr", "max_error", "target_speedup", "probe_s", "calibration"})
 """Options of `accelerate_pipeline` with which it tries settings, or takes what was tried."""
 
 

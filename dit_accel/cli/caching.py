@@ -141,8 +141,8 @@ def calibrate(
 ) -> None:
     """Choose a cache's strength on this model by a short probe, and fit what caches need.
 
-    --method auto tries attention methods, caches and pairs of them instead; from OUTPUT
-    `generate --calibration` and `accelerate_pipeline(calibration=...)` serve any budget.
+    --method auto tries attention methods, caches and pairs of them instead: OUTPUT serves
+    `generate --calibration` and `accelerate_pipeline(calibration=...)`, for other budgets, too.
 
     OUTPUT holds options by method; those of other methods stay when it is replaced. Named
     caching.json in the model's folder, it is found there by itself.

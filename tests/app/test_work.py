@@ -104,6 +104,10 @@ def test_a_budget_chooses_and_says_why(
     asked = given(video_model, steps=12, compare=False, tried=1, way="budget", guard=False)
     wish = wishes({**asked, "goal": "target_speedup", "amount": 1.2, "guard_error": 0.6})
     assert wish == {"target_speedup": 1.2, "guard": False}
+    assert wishes({**asked, "goal": "target_speedup", "amount": 1.2, "minutes": 0}) == wish
+    hour = wishes({**asked, "goal": "target_speedup", "amount": 1.2, "minutes": 60})
+    assert hour["probe_s"] == 3600
+    wish["probe_s"] = 3600
     followed, told = job(), []
     monkeypatch.setattr(followed, "report", lambda *stage: told.append(stage))
     name = studio.generate(followed, check_order(settings, asked, "auto", [], wish))
@@ -119,6 +123,7 @@ def test_a_budget_chooses_and_says_why(
 
     # The code names what was chosen, a cache, which needs no guard: nothing is tried anew.
     assert "target_speedup" not in content["code"]
+    assert "probe_s" not in content["code"]
     assert "guard" not in content["code"]
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -159,6 +164,7 @@ def test_automatic_says_why_and_the_guard_what_it_saw(studio, settings, video_mo
         pytest.param({"guard_error": 0}, "over 0", id="guard"),
         pytest.param({"guard_error": "much"}, "write one in digits", id="guard in words"),
         pytest.param({"tried": 99}, "take 1 to 16", id="prompts"),
+        pytest.param({"minutes": 9999}, "take 0 to 1,440", id="days"),
     ],
 )
 def test_impossible_budgets_are_refused(settings, video_model, changes, message):

@@ -34,6 +34,7 @@ GOALS = {
     "target_speedup": Goal("Speed-up", "At least, in times", 1.5, 100),
 }
 """Budgets of `accelerate_pipeline`."""
+MOST_MINUTES = 24 * 60
 
 
 @dataclass
@@ -75,6 +76,12 @@ class ChoosingControls:
                     label=f"Prompts to try, up to {MOST_TRIED}",
                     min_width=130,
                     elem_id="generate-tried",
+                )
+                self.controls["minutes"] = gr.Number(
+                    0,
+                    label="Minutes to try; 0: no limit",
+                    min_width=130,
+                    elem_id="generate-minutes",
                 )
 
     def draw_guard(self) -> None:
@@ -144,4 +151,5 @@ def _budget(given: Mapping[str, Any]) -> dict[str, Any]:
     if amount is None:
         raise OptionError(f"{goal} is empty: write a number, such as {GOALS[goal].start:g}.")
     Budget(**{goal: amount})
-    return {goal: amount}
+    minutes = check_number("minutes to try", given.get("minutes"), 0, MOST_MINUTES, whole=False)
+    return {goal: amount, "probe_s": 60 * minutes} if minutes else {goal: amount}
