@@ -192,7 +192,9 @@ def calibrate_auto(
         if path is not None and trials.points and where is not None:
             save(path, where, seen.to_row(), trials.points)
     refused = {**trials.refused, **search.idle}
-    choice = choose(search.points, budget, refused, list(times.sources), ended)
+    choice = choose(
+        search.points, budget, refused, list(times.sources), prompts=seen.prompts, ended=ended
+    )
     return Made(choice, {**_about(pipe), **_tried_with(general)}, seen.to_row())
 
 
@@ -355,7 +357,7 @@ def _from_file(
             f"calibration {str(path)!r} compared latents alone: ask for max_error=, or make it "
             "anew for min_psnr."
         )
-    choice = choose(points, budget, {}, [f"calibration {path}"])
+    choice = choose(points, budget, {}, [f"calibration {path}"], prompts=seen["prompts"])
     grid = tuple(seen["grid"])
     return Settled(choice, _setting(choice), grid, seen["steps"], f"calibration {str(path)!r}")
 

@@ -133,6 +133,8 @@ def choose(
     budget: Budget,
     refused: Mapping[str, str],
     sources: Sequence[str],
+    *,
+    prompts: int | None = None,
     ended: str = "",
 ) -> Choice:
     """Return the fastest point within the budget of quality, or the best one that is fast enough.
@@ -144,17 +146,19 @@ def choose(
         budget: what is asked for.
         refused: settings that this pipeline can't run, and why.
         sources: where predicted times came from.
+        prompts: how many are tried of what is not given up; None: as many as of any point.
         ended: why no more settings were tried, if more would have been.
 
     Raises:
         OptionError: if a speed is asked for that nothing reaches, or not at the quality asked for.
     """
     target = max(budget.target_speedup or 0.0, WORTHWHILE)
-    prompts = max((len(point.error) for point in points), default=0)
+    if prompts is None:
+        prompts = max((len(point.error) for point in points), default=0)
     whole = [point for point in points if len(point.error) == prompts]
     good = [p for p in whole if p.speedup >= target and p.margin_db(budget) >= 0]
     if not good and budget.target_speedup is not None:
-        raise OptionError(_unmet(points, budget) + _sentence(ended))
+        raise OptionError(_until(ended, _unmet(points, budget)))
     if not good:
         why = (
             f"method='auto' stays dense: nothing that was tried keeps to {budget} and is "
@@ -163,15 +167,14 @@ def choose(
         faster = [point for point in points if point.speedup >= WORTHWHILE]
         if faster:
             why += f". The nearest to dense that is faster: {max(faster, key=_quality)}"
-        why += _sentence(ended)
-        return Choice(budget, None, why, tuple(points), refused, tuple(sources))
+        return Choice(budget, None, _until(ended, why), tuple(points), refused, tuple(sources))
     if budget.target_speedup is None:
         best = max(good, key=lambda point: point.speedup)
         reason = f"the fastest of {len(points)} settings tried that keeps to {budget}"
     else:
         best = max(good, key=_quality)
         reason = f"the nearest to dense of {len(points)} settings tried that gives {budget}"
-    why = f"method='auto' took {best.setting}: {reason}{_sentence(ended)}"
+    why = _until(ended, f"method='auto' took {best.setting}: {reason}")
     return Choice(budget, best, why, tuple(points), refused, tuple(sources))
 
 
@@ -210,8 +213,10 @@ def kept_path(where: Row | None) -> Path | None:
     return folder / "choices" / f"{digest}.json"
 
 
-def _sentence(ended: str) -> str:
-    return f". More may be found with more time: {ended}" if ended else ""
+def _until(ended: str, text: str) -> str:
+    """Return a text, with why no more was tried."""
+    more = f"{text.removesuffix('.')}. More may be found with more time: {ended}."
+    return more if ended else text
 
 
 def _quality(point: Point) -> float:

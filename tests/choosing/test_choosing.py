@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -189,6 +190,17 @@ def test_what_was_given_up_for_another_budget_is_not_chosen():
     assert choose([fast, slow], Budget(min_psnr=20), {}, []).chosen is fast
     assert choose([part, slow], Budget(min_psnr=20), {}, []).chosen is slow
     assert choose([part, slow], Budget(target_speedup=1.3), {}, []).chosen is slow
+    assert choose([part], Budget(min_psnr=20), {}, [], prompts=8).chosen is None
+
+
+def test_a_choice_says_if_there_was_no_time_for_more():
+    points = [world(LINES[0].at(i)) for i in range(9)]
+    over = {"ended": "the 60 s are over"}
+    told = r"\. More may be found with more time: the 60 s are over\.$"
+    for decibels in (30, 70):
+        assert re.search(told, choose(points, Budget(min_psnr=decibels), {}, [], **over).why)
+    with pytest.raises(OptionError, match=told):
+        choose(points, Budget(target_speedup=9), {}, [], **over)
 
 
 def test_budgets_out_of_reach_say_what_is_in_reach():
