@@ -105,7 +105,7 @@ def accelerate_pipeline(
             faster. With a cache by name and no min_psnr, this and max_error choose its strength
             alone, and speed is counted in block calls.
         probe: keyword arguments of ``pipe(...)`` to try it on, or a list of these, of the size and
-            steps that will be used, some 16 prompts. None: prompts that a bundled model knows.
+            steps that will be used, 8 to 16 prompts. None: prompts that a bundled model knows.
         probe_s: seconds for trying settings, the dense generations included: what was found by
             then is taken. A repeated call goes on from there. None: no limit.
         calibration: a file of ``dit-accel calibrate --method auto``, in place of ``probe``. Refused
