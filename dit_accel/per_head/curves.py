@@ -39,7 +39,8 @@ class HeadCurves:
     """Costs and errors by layer, head and level.
 
     Attributes:
-        layout: of the calls.
+        layout: of the first call.
+        text_lengths: of each layer's first call: some layers may see the video alone.
         levels: densities asked for.
         cost: ``[layers, levels]``, the share of pairs computed, tokens in the level's own order.
         error: ``[layers, heads, levels]``, |out - dense|^2 of the head over the |dense|^2 of all
@@ -47,6 +48,7 @@ class HeadCurves:
     """
 
     layout: TokenLayout
+    text_lengths: tuple[int, ...]
     levels: tuple[float, ...]
     cost: tuple[tuple[float, ...], ...]
     error: tuple[tuple[tuple[float, ...], ...], ...]
@@ -58,6 +60,7 @@ class HeadCurves:
             "grid": list(layout.grid),
             "text_length": layout.text_length,
             "text_first": layout.text_first,
+            "text_lengths": list(self.text_lengths),
             "levels": list(self.levels),
             "cost": self.cost,
             "error": self.error,
@@ -69,6 +72,7 @@ class HeadCurves:
         t, h, w = row["grid"]
         return cls(
             TokenLayout((t, h, w), row["text_length"], row["text_first"]),
+            tuple(row["text_lengths"]),
             tuple(row["levels"]),
             tuple(map(tuple, row["cost"])),
             tuple(tuple(map(tuple, layer)) for layer in row["error"]),
@@ -108,6 +112,7 @@ class _Seen:
     layout: TokenLayout | None = None
     levels: tuple[float, ...] = ()
     num_layers: int = 0
+    text_lengths: dict[int, int] = field(default_factory=dict)
     cost: dict[int, list[float]] = field(default_factory=dict)
     error: dict[int, Tensor] = field(default_factory=dict)
     calls: dict[int, int] = field(default_factory=dict)
@@ -124,6 +129,7 @@ class _Seen:
         errors = [(self.error[layer] / self.calls[layer]).tolist() for layer in layers]
         return HeadCurves(
             self.layout,
+            tuple(self.text_lengths[layer] for layer in layers),
             self.levels,
             tuple(tuple(self.cost[layer]) for layer in layers),
             tuple(tuple(map(tuple, of_layer)) for of_layer in errors),
@@ -182,6 +188,7 @@ class _Meter(AttentionMethod):
             lost = (out - dense[:, index]).double().square().sum((0, 1, 3)) / size
             errors.append(lost.cpu())
         layer = call.layer
+        seen.text_lengths.setdefault(layer, call.layout.text_length)
         seen.cost[layer] = costs
         seen.error[layer] = seen.error.get(layer, 0) + torch.stack(errors, -1)
         seen.calls[layer] = seen.calls.get(layer, 0) + 1

@@ -40,7 +40,7 @@ class PerHead(AttentionMethod):
     Attributes:
         base: the method, as it was before it had a density.
         density: the mean over all heads, at which a method sets what its heads have in common.
-        densities: of every layer's heads, in (0, 1].
+        densities: of every layer's heads, in (0, 1]; not exceeded, whatever text a call has.
         order: of the tokens, for the heads of a static method together; None for the one that the
             method has without a density. A window of another size needs another order: one of GNA's
             of 9 x 3 x 3 tokens computes 1.6 times the pairs in that of its default.
@@ -158,7 +158,7 @@ class PerHead(AttentionMethod):
 
     def _at(self, density: float, layout: TokenLayout) -> Any:
         if (density, layout) not in self._methods:
-            self._methods[density, layout] = at_level(self.base, density, layout)
+            self._methods[density, layout] = at_level(self.base, density, layout, self.order)
         return self._methods[density, layout]
 
     @cached_property
@@ -194,15 +194,17 @@ class PerHead(AttentionMethod):
         return replace(plan, choosing_pairs=base.choosing_pairs(layout))
 
 
-def at_level(base: Base, density: float, layout: TokenLayout) -> Base:
-    """Return a method at a density, or at the least that it reaches on ``layout``.
+def at_level(
+    base: Base, density: float, layout: TokenLayout, order: TokenOrder | None = None
+) -> Base:
+    """Return a method at a density, or at the least that it reaches on ``layout`` in ``order``.
 
     A model's layers may see different tokens: one density is for all of them.
     """
     try:
-        return base.at_density(density, layout)
+        return base.at_density(density, layout, order)
     except DensityUnreachableError as error:
-        return base.at_density(error.least, layout)
+        return base.at_density(error.least, layout, order)
 
 
 def check_base(base: AttentionMethod) -> None:

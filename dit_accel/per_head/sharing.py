@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -15,6 +16,7 @@ from dit_accel.calibration import PipelineCall, bundled_calls
 from dit_accel.calibration_file import circumstances, fingerprint
 from dit_accel.errors import OptionError
 from dit_accel.files import write_text
+from dit_accel.grid import TokenOrder
 from dit_accel.kinds import Method
 from dit_accel.methods.base import AttentionMethod, StaticMethod
 from dit_accel.per_head.allocation import allocate, interpolated
@@ -89,6 +91,45 @@ def per_head_method(
     return shared if error <= WORTH * even_error else even
 
 
+@dataclass(frozen=True)
+class _Offer:
+    """What heads may be asked for, in one order of the tokens.
+
+    Attributes:
+        order: of the tokens; None for the method's own.
+        asked: ``[layers, levels]``, the densities that stand for the levels.
+        cost: ``[layers, levels]``, the share of pairs computed.
+    """
+
+    order: TokenOrder | None
+    asked: Sequence[tuple[float, ...]]
+    cost: Sequence[tuple[float, ...]]
+
+
+def _offers(method: AttentionMethod, curves: HeadCurves) -> list[_Offer]:
+    """Return the offers of a method: of a static one, one for each of its patterns' own orders.
+
+    A static pattern is asked for by what it costs in the order that all heads share, with the
+    layer's text: so it costs no more with another.
+    """
+    if not isinstance(method, StaticMethod):
+        return [_Offer(None, [curves.levels] * len(curves.cost), curves.cost)]
+    layouts = {text: replace(curves.layout, text_length=text) for text in curves.text_lengths}
+    patterns = {
+        text: [at_level(method, level, layout) for level in curves.levels]
+        for text, layout in layouts.items()
+    }
+    grid, offers = curves.layout.grid, []
+    for order in dict.fromkeys(p.token_order(grid) for of in patterns.values() for p in of):
+        costs = {
+            text: tuple(_rounded_up(p.block_density(layouts[text], order)) for p in of)
+            for text, of in patterns.items()
+        }
+        cost = [costs[text] for text in curves.text_lengths]
+        offers.append(_Offer(order, cost, cost))
+    return offers
+
+
 def shared_out(
     method: AttentionMethod,
     curves: HeadCurves,
@@ -97,26 +138,9 @@ def shared_out(
 ) -> tuple[float, PerHead]:
     """Return the least total error at a mean cost of ``density``, and the densities that have it.
 
-    All heads of a static method share one order of the tokens, in which each level has its cost:
-    of the levels' own orders, that with the least total error is taken.
+    All heads of a static method share one order of the tokens: that with the least total error.
     """
-    if not isinstance(method, StaticMethod):
-        return _shared(method, curves, curves.cost, density, dense_layers)
-    layout = curves.layout
-    patterns = [at_level(method, level, layout) for level in curves.levels]
-    usual = [pattern.block_density(layout) for pattern in patterns]
-    found = []
-    for order in dict.fromkeys(pattern.token_order(layout.grid) for pattern in patterns):
-        # Some layers may see fewer tokens than the layout has: what the order changes is a factor.
-        factors = [
-            p.block_density(layout, order) / own for p, own in zip(patterns, usual, strict=True)
-        ]
-        cost = [
-            tuple(min(c * f, 1.0) for c, f in zip(of_layer, factors, strict=True))
-            for of_layer in curves.cost
-        ]
-        error, shared = _shared(method, curves, cost, density, dense_layers)
-        found.append((error, replace(shared, order=order)))
+    found = [_shared(method, curves, o, density, dense_layers) for o in _offers(method, curves)]
     return min(found, key=itemgetter(0))
 
 
@@ -129,29 +153,26 @@ def at_one_density(
     """Return the total error of one density for all heads, and the method with that."""
     layers = [layer for layer in range(len(curves.error)) if layer not in dense_layers]
     levels = range(len(curves.levels))
-    costs = [sum(curves.cost[layer][i] for layer in layers) / max(len(layers), 1) for i in levels]
     errors = [sum(head[i] for layer in layers for head in curves.error[layer]) for i in levels]
-    error, level, order = (
-        interpolated(list(zip(costs, errors, strict=True)), density),
-        density,
-        None,
-    )
-    if isinstance(method, StaticMethod):  # it has nothing between two levels
-        payable = [i for i in levels if costs[i] <= density + 1e-6]
-        best = min(payable, key=lambda i: (errors[i], costs[i]), default=0)
-        error, level = errors[best], curves.levels[best]
-        order = at_level(method, level, curves.layout).token_order(curves.layout.grid)
-    table = tuple(
-        (1.0 if layer in dense_layers else level,) * len(heads)
-        for layer, heads in enumerate(curves.error)
-    )
-    return error, PerHead(method, density, table, order)
+    if not isinstance(method, StaticMethod):
+        costs = [_mean_cost(curves.cost, layers, i) for i in levels]
+        error = interpolated(list(zip(costs, errors, strict=True)), density)
+        return error, PerHead(method, density, _table(curves, dense_layers, lambda layer: density))
+    # It has nothing between two levels, and each in its own order.
+    in_order = {offer.order: offer for offer in _offers(method, curves)}
+    patterns = [at_level(method, level, curves.layout) for level in curves.levels]
+    offers = [in_order[pattern.token_order(curves.layout.grid)] for pattern in patterns]
+    costs = [_mean_cost(offers[i].cost, layers, i) for i in levels]
+    payable = [i for i in levels if costs[i] <= density + 1e-6]
+    best = min(payable, key=lambda i: (errors[i], costs[i]), default=0)
+    table = _table(curves, dense_layers, lambda layer: offers[best].asked[layer][best])
+    return errors[best], PerHead(method, density, table, offers[best].order)
 
 
 def _shared(
     method: AttentionMethod,
     curves: HeadCurves,
-    cost: Sequence[tuple[float, ...]],
+    offer: _Offer,
     density: float,
     dense_layers: frozenset[int],
 ) -> tuple[float, PerHead]:
@@ -163,16 +184,36 @@ def _shared(
         if layer not in dense_layers
     ]
     of_heads = [
-        list(zip(cost[layer], curves.error[layer][head], strict=True)) for layer, head in places
+        list(zip(offer.cost[layer], curves.error[layer][head], strict=True))
+        for layer, head in places
     ]
     table = [[1.0] * len(heads) for heads in curves.error]
     chosen = allocate(of_heads, density)
     for (layer, head), level in zip(places, chosen, strict=True):
-        table[layer][head] = curves.levels[level]
+        table[layer][head] = offer.asked[layer][level]
     of_chosen = [curve[level] for curve, level in zip(of_heads, chosen, strict=True)]
     spent = sum(c for c, _ in of_chosen) / max(len(places), 1)
     error = sum(e for _, e in of_chosen) if spent <= density + 1e-6 else float("inf")
-    return error, PerHead(method, density, tuple(map(tuple, table)))
+    return error, PerHead(method, density, tuple(map(tuple, table)), offer.order)
+
+
+def _table(
+    curves: HeadCurves, dense_layers: frozenset[int], density_of: Callable[[int], float]
+) -> tuple[tuple[float, ...], ...]:
+    """Return one density for all heads of a layer, 1 in layers that stay dense."""
+    return tuple(
+        (1.0 if layer in dense_layers else density_of(layer),) * len(heads)
+        for layer, heads in enumerate(curves.error)
+    )
+
+
+def _mean_cost(cost: Sequence[tuple[float, ...]], layers: Sequence[int], level: int) -> float:
+    return sum(cost[layer][level] for layer in layers) / max(len(layers), 1)
+
+
+def _rounded_up(density: float) -> float:
+    """Round so that who asks for it gets it."""
+    return min(math.ceil(density * 1e6) / 1e6, 1.0)
 
 
 def curves_of(

@@ -21,15 +21,16 @@ METHODS = {
 }
 
 
-def curves_with(method, scale_of_layers, heads=2):
+def curves_with(method, scale_of_layers, heads=2, layout=LAYOUT):
     """Errors that fall as 1 / cost - 1, times a layer's scale."""
-    levels = tuple(_reached(method, LAYOUT))
+    levels = tuple(_reached(method, layout))
     cost = tuple(
-        at_level(method, level, LAYOUT).block_density(LAYOUT) if isinstance(method, GNA) else level
+        at_level(method, level, layout).block_density(layout) if isinstance(method, GNA) else level
         for level in levels
     )
     error = tuple((tuple(scale * (1 / c - 1) for c in cost),) * heads for scale in scale_of_layers)
-    return HeadCurves(LAYOUT, levels, (cost,) * len(error), error)
+    text_lengths = (layout.text_length,) * len(error)
+    return HeadCurves(layout, text_lengths, levels, (cost,) * len(error), error)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -67,6 +68,28 @@ def test_the_budget_holds_in_the_order_that_the_heads_share(name):
                 for level in row
             ]
             assert sum(costs) / len(costs) <= density + 1e-5
+
+
+@pytest.mark.parametrize("name", ["gna", "gna + remainder"])
+@pytest.mark.parametrize("sharing", [shared_out, at_one_density])
+def test_the_budget_holds_with_other_text_and_in_layers_without_any(name, sharing):
+    method, layout = METHODS[name], replace(LAYOUT, text_length=90)
+    curves = curves_with(method, [1.0, 30.0, 3.0], layout=layout)
+    curves = replace(curves, text_lengths=(90, 0, 90))
+    _, shared = sharing(method, curves, 0.5)
+    order = shared.token_order(layout.grid)
+
+    def mean_cost(text_lengths):
+        of_layers = [replace(layout, text_length=length) for length in text_lengths]
+        costs = [
+            at_level(method, density, of, order).block_density(of, order)
+            for of, row in zip(of_layers, shared.densities, strict=True)
+            for density in row
+        ]
+        return sum(costs) / len(costs)
+
+    for text_lengths in ((90, 0, 90), (60, 0, 60), (37, 0, 37)):
+        assert 0.35 < mean_cost(text_lengths) <= 0.5 + 1e-5
 
 
 def test_every_pattern_of_a_static_method_is_a_level():
