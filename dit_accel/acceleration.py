@@ -75,8 +75,7 @@ def accelerate_pipeline(
 ) -> Any:
     """Attach an attention method, a cache, a guidance, a resolution method. For inference.
 
-    Calling it again replaces what was attached; `restore_pipeline` undoes it exactly. Returns the
-    pipeline.
+    Calling it again replaces what was attached; `restore_pipeline` undoes it. Returns the pipeline.
 
     Args:
         pipe: a pipeline of a known family (see `list_families`).

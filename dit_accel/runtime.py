@@ -346,14 +346,10 @@ class Runtime:
         ) -> Tensor:
             if self.method is None:
                 return self._dense(*qkv, None, scale, call, "no attention method is chosen")
-            method, reason = self._planner.method_for(call.layout), self.schedule.dense_reason(call)
-            as_usual = replace(
-                running,
-                layouts=(call.layout,),
-                method=method,
-                wanted=method.token_order(call.layout.grid),
-                resolution=None,
-            )
+            layout, reason = call.layout, self.schedule.dense_reason(call)
+            method = self._planner.method_for(layout)
+            as_usual = replace(running, layouts=(layout,), method=method, resolution=None)
+            as_usual = replace(as_usual, wanted=method.token_order(layout.grid))
             return self._sample(*qkv, scale, call, reason, as_usual)
 
         attention = SelfAttention(qkv, call, running.sample, scale, running.order, own, usual)
