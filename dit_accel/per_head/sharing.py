@@ -86,8 +86,9 @@ def per_head_method(
     It is one density for all unless sharing out leaves at most `WORTH` of that one's error.
     """
     method.at_density(density, curves.layout)  # refuses what it can't reach
-    even_error, even = at_one_density(method, curves, density, dense_layers)
-    error, shared = shared_out(method, curves, density, dense_layers)
+    offers = _offers(method, curves)
+    even_error, even = at_one_density(method, curves, density, dense_layers, offers)
+    error, shared = shared_out(method, curves, density, dense_layers, offers)
     return shared if error <= WORTH * even_error else even
 
 
@@ -97,11 +98,13 @@ class _Offer:
 
     Attributes:
         order: of the tokens; None for the method's own.
+        levels: whose patterns have this as their own order with the curves' text.
         asked: ``[layers, levels]``, the densities that stand for the levels.
         cost: ``[layers, levels]``, the share of pairs computed.
     """
 
     order: TokenOrder | None
+    levels: Sequence[int]
     asked: Sequence[tuple[float, ...]]
     cost: Sequence[tuple[float, ...]]
 
@@ -113,20 +116,26 @@ def _offers(method: AttentionMethod, curves: HeadCurves) -> list[_Offer]:
     layer's text: so it costs no more with another.
     """
     if not isinstance(method, StaticMethod):
-        return [_Offer(None, [curves.levels] * len(curves.cost), curves.cost)]
-    layouts = {text: replace(curves.layout, text_length=text) for text in curves.text_lengths}
+        every = range(len(curves.levels))
+        return [_Offer(None, every, [curves.levels] * len(curves.cost), curves.cost)]
+    usual = curves.layout.text_length
+    texts = dict.fromkeys([usual, *curves.text_lengths])
+    layouts = {text: replace(curves.layout, text_length=text) for text in texts}
     patterns = {
         text: [at_level(method, level, layout) for level in curves.levels]
         for text, layout in layouts.items()
     }
-    grid, offers = curves.layout.grid, []
-    for order in dict.fromkeys(p.token_order(grid) for of in patterns.values() for p in of):
+    # Finding an order is slow, too.
+    own = {text: [p.token_order(curves.layout.grid) for p in of] for text, of in patterns.items()}
+    offers = []
+    for order in dict.fromkeys(order for of in own.values() for order in of):
         costs = {
             text: tuple(_rounded_up(p.block_density(layouts[text], order)) for p in of)
             for text, of in patterns.items()
         }
         cost = [costs[text] for text in curves.text_lengths]
-        offers.append(_Offer(order, cost, cost))
+        levels = [i for i, its in enumerate(own[usual]) if its == order]
+        offers.append(_Offer(order, levels, cost, cost))
     return offers
 
 
@@ -135,12 +144,15 @@ def shared_out(
     curves: HeadCurves,
     density: float,
     dense_layers: frozenset[int] = frozenset(),
+    offers: Sequence[_Offer] = (),
 ) -> tuple[float, PerHead]:
     """Return the least total error at a mean cost of ``density``, and the densities that have it.
 
     All heads of a static method share one order of the tokens: that with the least total error.
+    ``offers`` are those of the method, if they have been made: large grids take a minute.
     """
-    found = [_shared(method, curves, o, density, dense_layers) for o in _offers(method, curves)]
+    offers = offers or _offers(method, curves)
+    found = [_shared(method, curves, offer, density, dense_layers) for offer in offers]
     return min(found, key=itemgetter(0))
 
 
@@ -149,8 +161,12 @@ def at_one_density(
     curves: HeadCurves,
     density: float,
     dense_layers: frozenset[int] = frozenset(),
+    offers: Sequence[_Offer] = (),
 ) -> tuple[float, PerHead]:
-    """Return the total error of one density for all heads, and the method with that."""
+    """Return the total error of one density for all heads, and the method with that.
+
+    ``offers`` as for `shared_out`.
+    """
     layers = [layer for layer in range(len(curves.error)) if layer not in dense_layers]
     levels = range(len(curves.levels))
     errors = [sum(head[i] for layer in layers for head in curves.error[layer]) for i in levels]
@@ -159,14 +175,13 @@ def at_one_density(
         error = interpolated(list(zip(costs, errors, strict=True)), density)
         return error, PerHead(method, density, _table(curves, dense_layers, lambda layer: density))
     # It has nothing between two levels, and each in its own order.
-    in_order = {offer.order: offer for offer in _offers(method, curves)}
-    patterns = [at_level(method, level, curves.layout) for level in curves.levels]
-    offers = [in_order[pattern.token_order(curves.layout.grid)] for pattern in patterns]
-    costs = [_mean_cost(offers[i].cost, layers, i) for i in levels]
+    offer_of = {i: offer for offer in offers or _offers(method, curves) for i in offer.levels}
+    costs = [_mean_cost(offer_of[i].cost, layers, i) for i in levels]
     payable = [i for i in levels if costs[i] <= density + 1e-6]
     best = min(payable, key=lambda i: (errors[i], costs[i]), default=0)
-    table = _table(curves, dense_layers, lambda layer: offers[best].asked[layer][best])
-    return errors[best], PerHead(method, density, table, offers[best].order)
+    asked, order = offer_of[best].asked, offer_of[best].order
+    table = _table(curves, dense_layers, lambda layer: asked[layer][best])
+    return errors[best], PerHead(method, density, table, order)
 
 
 def _shared(
