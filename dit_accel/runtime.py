@@ -144,7 +144,7 @@ class Runtime:
                 "run without them, or leave the method out."
             )
         if self.guard is not None:
-            self.guard.enter(id(transformer), moment.step, parallel)
+            self.guard.enter(id(transformer), moment, parallel)
         wanted = method.token_order(layout.grid)
         call = AttentionCall(layout, step=moment.step, num_steps=moment.num_steps)
         dense_step = resolution is None and self.schedule.dense_step_reason(call) is not None

@@ -9,7 +9,7 @@ each part adds what it has of the probed rows, and calls `Guard.rows` and `Guard
 (`parallel/guarded.py`); whole sequences go through `Guard.check`.
 
 On a GPU a wait costs more than a short call does. So short calls are waited for only where they
-are probed, which is seldom; whether the others are finite is read at the end of the forward, too
+are probed, which is seldom; whether the others are finite is read a forward later (`late.py`), too
 late to repair it: that is told, and from then on every call is waited for.
 """
 
@@ -29,8 +29,10 @@ from dit_accel import compat
 from dit_accel.call import AttentionCall, TokenLayout
 from dit_accel.errors import OptionError, QualityWarning
 from dit_accel.grid import Grid
+from dit_accel.guard.late import LateLook
 from dit_accel.guard.options import GuardChoice, QualityGuard, settle_guard
 from dit_accel.guard.records import GuardRecord, GuardReport
+from dit_accel.tracking import Moment
 
 Output = tuple[Tensor, Tensor | None]
 """An output ``[B, N, H, D]`` and, where there is one, its LSE ``[B, H, N]``."""
@@ -80,34 +82,45 @@ class Guard:
         self._transformer = 0
         self._parallel: Any = None
         self._warned = False
-        self._late: Tensor | None = None  # sum of outputs that nobody has waited for
-        self._late_layers: list[int] = []
+        self._late = LateLook()
+        self._last = True  # whether no forward of this generation is sure to follow
         self._waits = False  # whether something was found too late: then all calls are waited for
 
     def begin(self) -> None:
         """Forget everything: a new generation is about to run."""
+        self._look_back()
         self.records.clear()
         self._warned = False
         self._forget_decisions()
 
-    def enter(self, transformer: int, step: int | None, parallel_config: Any) -> None:
+    def enter(self, transformer: int, moment: Moment, parallel_config: Any) -> None:
         """A transformer, given by its id, is about to run."""
         self._transformer, self._parallel = transformer, parallel_config
+        step, steps = moment.step, moment.num_steps
+        self._last = step is None or steps is None or step + 1 >= steps
         if step is None:  # no denoising loop: what was seen before has nothing to do with this
             self._forget_decisions()
 
     def leave(self) -> None:
-        """The forward is over: see whether what nobody waited for was finite."""
-        late, self._late = self._late, None
-        layers, self._late_layers = self._late_layers, []
-        if late is None or math.isfinite(compat.sum_over_sequence(self._parallel, late).item()):
+        """The forward is over: see whether what nobody waited for was finite, in the one before.
+
+        In the last step it is waited for.
+        """
+        self._look_back()
+        self._late.ask(self._parallel)
+        if self._last:
+            self._look_back()
+
+    def _look_back(self) -> None:
+        layers = self._late.read()
+        if not layers or self._waits:  # told already; one forward more ran meanwhile
             return
         self._waits = True
         warnings.warn(
-            f"quality guard: an output of sparse attention is not finite, in one of the layers "
-            f"{layers[0]} to {layers[-1]}, and it was seen only at the end of the transformer's "
-            "call: this generation is probably lost. From now on every call is checked before it "
-            "is used, so the next generation is repaired.",
+            f"quality guard: an output of sparse attention was not finite, in one of the layers "
+            f"{layers[0]} to {layers[-1]}, and it was seen only after the transformer's call: this "
+            "generation is probably lost. From now on every call is checked before it is used, so "
+            "the next generation is repaired.",
             QualityWarning,
             stacklevel=2,
         )
@@ -118,6 +131,7 @@ class Guard:
 
     def report(self) -> GuardReport:
         """Sum up the last generation."""
+        self._look_back()
         whole = [(key.layer, key.branch) for key, known in self._known.items() if known.whole]
         first = None if self._dense_from is None else self._dense_from[0]
         return GuardReport(
@@ -200,8 +214,7 @@ class Guard:
         total = sum(others, first)
         waits = known.dense or self._waits or not is_short(call.layout, total.device)
         if sums is None and not waits:
-            self._late = total if self._late is None else self._late + total
-            self._late_layers.append(call.layer)
+            self._late.add(total, call.layer)
             return [], 0.0
         errors, finite = self._read(sums, total)
         not_finite = () if finite else self._not_finite_heads(outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -222,7 +223,8 @@ def test_a_guard_with_nothing_to_watch_is_refused():
         accelerate_pipeline(pipe, "first_block_cache", guard=True)
 
 
-def test_short_calls_of_a_gpu_are_told_late_and_then_waited_for(monkeypatch):
+def broken_at_will(monkeypatch) -> list[bool]:
+    """Take all calls for a GPU's short ones, that are not finite while the list holds something."""
     original, broken = TorchOperator.run, []
 
     def run(self, query, *args, **kwargs):
@@ -233,15 +235,40 @@ def test_short_calls_of_a_gpu_are_told_late_and_then_waited_for(monkeypatch):
 
     monkeypatch.setattr(TorchOperator, "run", run)
     monkeypatch.setattr(engine, "is_short", lambda *_: True)
+    return broken
+
+
+def test_short_calls_of_a_gpu_are_told_a_forward_later_and_then_waited_for(monkeypatch):
+    broken = broken_at_will(monkeypatch)
     calls = Calls(**GNA)
     calls.forward([near()], 0)
     broken.append(True)
-    with pytest.warns(QualityWarning, match="layers 0 to 0.*next generation is repaired"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", QualityWarning)
         (lost,) = calls.forward([near()], 1)
     assert not lost.isfinite().all()
+    with pytest.warns(QualityWarning, match="layers 0 to 0.*next generation is repaired"):
+        calls.forward([near()], 2)
     with pytest.warns(QualityWarning, match="1 heads not finite"):
-        (output,) = calls.forward([near()], 2)
+        (output,) = calls.forward([near()], 3)
     torch.testing.assert_close(output[:, :, 2], dense(near())[:, :, 2])
+
+
+@pytest.mark.parametrize("seen_by", ["the last step", "the report", "the next generation"])
+def test_nothing_that_is_not_finite_stays_untold(monkeypatch, seen_by):
+    broken = broken_at_will(monkeypatch)
+    calls = Calls(**GNA)
+    calls.forward([near()], 47)
+    broken.append(True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", QualityWarning)
+        calls.forward([near()], 49 if seen_by == "the last step" else 48)
+        if seen_by == "the report":
+            _ = calls.report
+        elif seen_by == "the next generation":
+            broken.clear()
+            calls.forward([near()], 0, generation=1)
+    assert ["next generation is repaired" in str(one.message) for one in told] == [True]
 
 
 def test_short_calls_of_a_gpu_are_probed_a_quarter_as_often():
