@@ -111,7 +111,7 @@ class Runtime:
         """End the forward, also after an exception (then ``output`` is None)."""
         self._forget_forward()
         if self.guard is not None:
-            self.guard.leave()
+            self.guard.leave(output)
         started, self._started = self._started, None
         if started is not None:
             moment, begun = started

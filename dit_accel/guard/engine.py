@@ -9,8 +9,8 @@ each part adds what it has of the probed rows, and calls `Guard.rows` and `Guard
 (`parallel/guarded.py`); whole sequences go through `Guard.check`.
 
 On a GPU a wait costs more than a short call does. So short calls are waited for only where they
-are probed, which is seldom; whether the others are finite is read a forward later (`late.py`), too
-late to repair it: that is told, and from then on every call is waited for.
+are probed, which is seldom; of the others the transformer's output is looked at, a forward later
+(`late.py`), too late to repair it: that is told, and from then on every call is waited for.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dit_accel.grid import Grid
 from dit_accel.guard.late import LateLook
 from dit_accel.guard.options import GuardChoice, QualityGuard, settle_guard
 from dit_accel.guard.records import GuardRecord, GuardReport
+from dit_accel.session import sample_of
 from dit_accel.tracking import Moment
 
 Output = tuple[Tensor, Tensor | None]
@@ -83,6 +84,7 @@ class Guard:
         self._parallel: Any = None
         self._warned = False
         self._late = LateLook()
+        self._unwaited: list[int] = []  # layers whose calls of this forward nobody looked at
         self._last = True  # whether no forward of this generation is sure to follow
         self._waits = False  # whether something was found too late: then all calls are waited for
 
@@ -101,13 +103,18 @@ class Guard:
         if step is None:  # no denoising loop: what was seen before has nothing to do with this
             self._forget_decisions()
 
-    def leave(self) -> None:
-        """The forward is over: see whether what nobody waited for was finite, in the one before.
+    def leave(self, output: Any) -> None:
+        """The forward is over: see whether the one before was finite, where nobody looked.
 
-        In the last step it is waited for.
+        In the last step this one is waited for, too.
+
+        Args:
+            output: of the transformer; None after an exception.
         """
         self._look_back()
-        self._late.ask(self._parallel)
+        layers, self._unwaited = self._unwaited, []
+        if layers and output is not None:
+            self._late.ask(sample_of(output), layers)
         if self._last:
             self._look_back()
 
@@ -117,10 +124,10 @@ class Guard:
             return
         self._waits = True
         warnings.warn(
-            f"quality guard: an output of sparse attention was not finite, in one of the layers "
-            f"{layers[0]} to {layers[-1]}, and it was seen only after the transformer's call: this "
-            "generation is probably lost. From now on every call is checked before it is used, so "
-            "the next generation is repaired.",
+            f"quality guard: a transformer's output was not finite, after sparse attention in the "
+            f"layers {layers[0]} to {layers[-1]}, and it was seen only then: this generation is "
+            "probably lost. From now on every call is checked before it is used, so the next "
+            "generation is repaired if sparse attention was the cause.",
             QualityWarning,
             stacklevel=2,
         )
@@ -210,12 +217,12 @@ class Guard:
         """
         known = self._known.setdefault(self._key(call, sample), _Known())
         known.calls += 1
+        waits = known.dense or self._waits or not is_short(call.layout, outputs[0].device)
+        if sums is None and not waits:
+            self._unwaited.append(call.layer)
+            return [], 0.0
         first, *others = (output.sum(dtype=torch.float32) for output in outputs)
         total = sum(others, first)
-        waits = known.dense or self._waits or not is_short(call.layout, total.device)
-        if sums is None and not waits:
-            self._late.add(total, call.layer)
-            return [], 0.0
         errors, finite = self._read(sums, total)
         not_finite = () if finite else self._not_finite_heads(outputs)
         count = outputs[0].shape[2]
@@ -300,6 +307,8 @@ class Guard:
     def _by_head(self, values: Tensor) -> Tensor:
         """Return ``[..., H]`` as all ranks' heads, those of other ranks 0."""
         rank, degree = compat.ulysses_share(self._parallel)
+        if degree == 1:
+            return values
         shared = values.new_zeros(*values.shape[:-1], degree, values.shape[-1])
         shared[..., rank, :] = values
         return shared.flatten(-2)
@@ -379,7 +388,8 @@ def probe_rows(layout: TokenLayout, count: int, earlier: int, device: torch.devi
     first = layout.text_length if layout.text_first else 0
     space = video / count
     shift = int(earlier * SHIFT % 1 * space)
-    return torch.arange(count, device=device) * video // count + (first + shift)
+    begin = (first + shift) * count
+    return torch.arange(begin, begin + count * video, video, device=device) // count
 
 
 def probe_sums(
@@ -397,8 +407,9 @@ def probe_sums(
 def sums_of_squares(output: Tensor, dense: Tensor) -> Tensor:
     """Return |output - dense|^2 and |dense|^2 of ``[B, R, H, D]`` as float32 ``[2, B, H]``."""
     dense = dense.float()
-    wrong = output.float() - dense
-    return torch.stack([wrong.square().sum((1, 3)), dense.square().sum((1, 3))])
+    wrong = output - dense
+    each = (x.square().sum((1, 3), dtype=torch.float32) for x in (wrong, dense))
+    return torch.stack([*each])
 
 
 def repaired(output: Tensor, heads: Sequence[int], dense: Callable[[Heads], Tensor]) -> Tensor:

@@ -1,55 +1,43 @@
-"""Whether outputs that nobody waited for were finite: asked at the end of a forward, read later."""
+"""Whether what came of calls that nobody waited for was finite: asked at once, read later."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_accel import compat
 
-
-@dataclass
 class LateLook:
-    """Sums of sparse outputs, looked at one forward after they were made.
+    """Looks at a transformer's output, and tells one forward later whether it was finite.
 
-    By then the device has long known the answer, so the host waits for nothing.
+    What is not finite in an attention call stays so in all that is computed from it, so one look at
+    the end serves all layers. By the time of the next forward the device has long known the answer,
+    and the host waits for nothing.
     """
 
-    _sums: list[Tensor] = field(default_factory=list)
-    _layers: list[int] = field(default_factory=list)
-    _asked: tuple[Tensor, torch.cuda.Event | None, list[int]] | None = None
+    def __init__(self) -> None:
+        self._asked: tuple[Tensor, torch.cuda.Event | None, list[int]] | None = None
 
-    def add(self, total: Tensor, layer: int) -> None:
-        """Take the sum of a call's output, a float32 scalar, of the forward that is running."""
-        self._sums.append(total)
-        self._layers.append(layer)
+    def ask(self, output: Tensor, layers: list[int]) -> None:
+        """Start to look at the output of a forward; what was asked before must have been read.
 
-    def ask(self, parallel_config: Any) -> None:
-        """Start to fetch what was added; the ranks that share a sequence ask together.
-
-        What was asked for before must have been read.
+        Args:
+            output: of any shape; the same on all ranks that share a sequence.
+            layers: whose calls nobody waited for.
         """
-        sums, layers = self._sums, self._layers
-        self._sums, self._layers = [], []
-        if not sums:
-            return
-        total = compat.sum_over_sequence(parallel_config, torch.stack(sums).sum())
-        fetched = total.to("cpu", non_blocking=True)  # into pinned memory, where that exists
-        event = torch.cuda.Event() if total.is_cuda else None
+        total = output.sum(dtype=torch.float32).to("cpu", non_blocking=True)  # pinned, if on a GPU
+        event = torch.cuda.Event() if output.is_cuda else None
         if event is not None:
             event.record()
-        self._asked = fetched, event, layers
+        self._asked = total, event, layers
 
     def read(self) -> list[int]:
-        """Return the layers of the forward asked for if one of them was not finite, else none."""
+        """Return the layers that were asked for if the output was not finite, else none."""
         asked, self._asked = self._asked, None
         if asked is None:
             return []
-        fetched, event, layers = asked
+        total, event, layers = asked
         if event is not None:
             event.synchronize()
-        return [] if math.isfinite(fetched.item()) else layers
+        return [] if math.isfinite(total.item()) else layers

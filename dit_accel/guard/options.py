@@ -24,8 +24,8 @@ class QualityGuard:
     ``every``-th after that, layers in turn. Values that are not finite are looked for in every
     sparse call, and repaired likewise. On a GPU, where sequences under 65,536 tokens are attended
     to so fast that a look would cost several percent, these are probed a quarter as often, and
-    values that are not finite between two probes are only told, a step later (``every=1`` looks at
-    all). The first trip of a generation raises a `QualityWarning`.
+    what is not finite between two probes is only told, a step later, from the transformer's output
+    (``every=1`` looks at all calls). The first trip of a generation raises a `QualityWarning`.
 
     Ranks that share a sequence, by Ulysses or in a ring, decide alike for all heads.
 

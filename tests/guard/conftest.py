@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,22 +69,22 @@ class Calls:
     ) -> list[Tensor]:
         """Attend in one forward, a layer after the other."""
         moment = Moment(step, None if step is None else 50, branch, generation)
-        with self.running(moment):
-            return [
-                self.runtime.attend(*qkv, None, None, torch.tensor(layer))
-                for layer, qkv in enumerate(calls)
-            ]
+        outputs: list[Tensor] = []
+        with self.running(moment, outputs):
+            for layer, qkv in enumerate(calls):
+                outputs.append(self.runtime.attend(*qkv, None, None, torch.tensor(layer)))
+        return outputs
 
     @contextmanager
-    def running(self, moment: Moment) -> Any:
-        """Be inside a transformer's forward."""
+    def running(self, moment: Moment, outputs: Sequence[Tensor] = ()) -> Any:
+        """Be inside a transformer's forward, which puts out the sum of ``outputs``."""
         hidden = torch.zeros(1, 16, GRID[0], 2 * GRID[1], 2 * GRID[2])
         with self.runtime.tracker.hold(moment):
             self.runtime.enter(self.pipe.transformer, {"hidden_states": hidden}, LAYERS, None)
         # The reordering of whole forwards is the blocks' matter: each call is reordered by itself.
         object.__setattr__(self.runtime._running, "order", raster())
         yield
-        self.runtime.leave(None)
+        self.runtime.leave((sum(outputs),) if outputs else None)
 
     @property
     def report(self) -> AccelerationReport:
