@@ -5,16 +5,19 @@
 For budgets of 25, 30 and 35 dB: settings are tried on a few prompts, one is chosen, and 32 prompts
 that took no part are generated with it. "within" is the share of these that reach the budget; at
 least nine in ten are promised. The fixed prompts stand in order of what they hold, so that those
-tried and those held out are every second one each: both hold some of everything. Beside it the
-best fixed setting that a grid search finds on the held-out prompts themselves: the fastest with
-nine in ten within the budget, over every method at every value of a coarse grid, and over pairs of
-an attention method and a cache. A method whose strongest value isn't faster than dense is left at
-that. Speed-ups are of the denoising loop, all prompts in one batch, dense and accelerated warmed up
-and timed alike.
+tried and those held out are every second one each: both hold some of everything. They are generated
+one by one: a cache that decides by what it sees decides for a batch as a whole, so that its prompts
+would tell no more than one. Beside it the best fixed setting that a grid search finds on the
+held-out prompts themselves: the fastest with nine in ten within the budget, over every method at
+every value of a coarse grid, and over pairs of an attention method and a cache. A method whose
+strongest value isn't faster than dense is left at that. Speed-ups are of the denoising loop, dense
+and accelerated warmed up alike; what is compared at the end, the choice and the fastest of the grid
+that keep to the budget, is timed once more in turns, for on short loops the fastest of many
+measurements is mostly the luckiest.
 
 One JSON file a model, written after each row; rows that it holds are kept, so that ``--seconds``
 ends a run early and a later one goes on: the calibrations and their held-out runs come first, then
-the grid.
+the grid, and the comparison.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -32,9 +36,10 @@ from typing import Any
 import torch
 from shared import Prompts, Row, add_machine_and_files, add_sizes, load, options_of
 
+from dit_accel import accelerate_pipeline, restore_pipeline
 from dit_accel.bench.measuring import guarded, manifest
 from dit_accel.bench.runs import ResultFile
-from dit_accel.calibration import calls_for
+from dit_accel.calibration import PipelineCall, calls_for, generators
 from dit_accel.choosing.automatic import lines_for
 from dit_accel.choosing.budget import WORTHWHILE, Budget
 from dit_accel.choosing.choice import Point, choose
@@ -45,11 +50,15 @@ from dit_accel.choosing.times import AttentionTimes
 from dit_accel.choosing.trials import Prediction, Trials
 from dit_accel.environment import pick_device
 from dit_accel.errors import OptionError
+from dit_accel.generation import timed_call
 
 BUDGETS = (30.0, 25.0, 35.0)
 PROMISED = 0.9
 PAIRS = 12
 """Pairs of the grid that are measured for each budget: the fastest that may keep to it."""
+CONTENDERS, ROUNDS, TIMED = 4, 5, 4
+"""Settings of the grid that are timed once more for each budget, how often, and on how many
+prompts."""
 
 
 class ModelBench:
@@ -66,10 +75,12 @@ class ModelBench:
             "tried": args.tried,
             "held_out": args.prompts,
             "alternating": True,
+            "batch": 1,
             "dtype": args.dtype,
         }
         self._pipe: Any = None
         self._trials: dict[str, Trials] = {}
+        self._generated = 0
 
     @property
     def pipe(self) -> Any:
@@ -81,15 +92,16 @@ class ModelBench:
     def trials(self, name: str) -> Trials:
         """Return the trials on the "tried" or the "held_out" prompts."""
         if name not in self._trials:
-            requests = getattr(self, name)
-            batch = 1 if self.device == "cpu" else len(requests)
-            told = Prediction(AttentionTimes())
-            trials = Trials(self.pipe, calls_for(self.pipe, requests, batch), predict=told)
+            told, calls = Prediction(AttentionTimes()), calls_for(self.pipe, getattr(self, name))
+            trials = Trials(self.pipe, calls, predict=told, progress=self._count)
             seen = trials.look()
             work = Workload(seen.place, seen.layers, seen.steps)
             told.model = CostModel(work, seen.dense_s, told.times)
             self._trials[name] = trials
         return self._trials[name]
+
+    def _count(self, what: str, done: int, total: int) -> None:
+        self._generated += 1
 
     def lines(self) -> list[Any]:
         """Return what is chosen from, by "auto" and by the grid search alike."""
@@ -99,14 +111,16 @@ class ModelBench:
     def choose(self, task: Mapping[str, Any]) -> Row:
         """Calibrate for a budget, choose, and generate the held-out prompts so."""
         budget, trials = Budget(min_psnr=task["budget"]), self.trials("tried")
-        before = len(trials.points)
-        began = time.monotonic()
+        trials.look()
+        before, generated = len(trials.points), self._generated
+        began, trials.hopeless = time.monotonic(), budget.hopeless
         search = Search(budget, self.lines(), trials.measure, trials.predict)
         choice = choose(search.run(), budget, {**trials.refused, **search.idle}, [])
         row: Row = {
             "calibration_s": round(time.monotonic() - began, 1),
             "trials": len(search.points),
             "new_trials": len(trials.points) - before,
+            "generations": self._generated - generated,
             "why": choice.why,
             "frontier": [str(point) for point in choice.frontier],
             "not_run": dict(choice.refused),
@@ -128,6 +142,42 @@ class ModelBench:
         """Measure a setting of the grid on the held-out prompts."""
         return self.held(_setting(task))
 
+    def compare(self, task: Mapping[str, Any], rows: list[Row]) -> Row:
+        """Time what was chosen for a budget in turns with the fastest of the grid within it."""
+        budget = task["compared"]
+        (chosen,) = (row for row in rows if row.get("budget") == budget)
+        good = sorted(within(rows, budget), key=lambda row: -row["speedup"])[:CONTENDERS]
+        settings = {str(setting): setting for setting in map(_setting, good)}
+        if chosen.get("setting") is not None:
+            setting = _setting({"grid": chosen["setting"]})
+            settings.setdefault(str(setting), setting)
+        return {"chosen": chosen.get("name"), "speedups": self.in_turns(settings)}
+
+    def in_turns(self, settings: Mapping[str, Setting]) -> dict[str, float]:
+        """Return the speed-ups of settings, the middle ones of some rounds."""
+        calls = self.trials("held_out").calls[:TIMED]
+        found: dict[str, list[float]] = {name: [] for name in settings}
+        for _ in range(ROUNDS if settings else 0):
+            dense_s = self._loops_s(calls)
+            for name, setting in settings.items():
+                accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
+                try:
+                    found[name].append(dense_s / self._loops_s(calls))
+                finally:
+                    restore_pipeline(self.pipe)
+        return {name: round(statistics.median(each), 4) for name, each in found.items()}
+
+    def _loops_s(self, calls: Sequence[PipelineCall]) -> float:
+        """Return the seconds of the calls' denoising loops, warmed up."""
+        seconds = []
+        for call in ({**calls[0], "num_inference_steps": 2}, *calls):
+            arguments = {k: v for k, v in call.items() if k not in ("generator", "output_type")}
+            noise = generators(call["generator"])
+            seconds.append(
+                timed_call(self.pipe, arguments, noise, output_type="latent")[1].denoise_s
+            )
+        return sum(seconds[1:])
+
 
 def _row(point: Point) -> Row:
     return {
@@ -140,6 +190,13 @@ def _row(point: Point) -> Row:
         "mean_error": point.mean_error,
         "seconds": point.seconds,
     }
+
+
+def within(rows: list[Row], budget: float) -> list[Row]:
+    """Return the rows of the grid that keep to a budget and are faster than dense."""
+    grid = [row for row in rows if "grid" in row and "psnr_db" in row]
+    fast = [row for row in grid if row["speedup"] >= WORTHWHILE]
+    return [row for row in fast if share_within(row["psnr_db"], budget) >= PROMISED]
 
 
 def share_within(psnr_db: Any, budget: float) -> float:
@@ -234,15 +291,21 @@ def measure_model(model: str, args: argparse.Namespace) -> Row:
             # As it reads back from the file, so that a later run knows it.
             if not run(bench.grid, {"grid": json.loads(json.dumps(asdict(setting)))}):
                 return results.content
+    for budget in args.budgets:
+        if not run(partial(bench.compare, rows=results.rows), {"compared": budget}):
+            return results.content
     return results.content
 
 
 def line(row: Row) -> str:
     """One row for a terminal."""
-    text = f"{row['budget']:g} dB" if "budget" in row else "grid"
+    budget = row.get("budget", row.get("compared"))
+    text = "grid" if budget is None else f"{budget:g} dB"
     for trouble in ("refused", "failed"):
         if isinstance(row.get(trouble), str):
             return f"{text} {trouble}: {row[trouble]}"
+    if "speedups" in row:
+        return f"{text}, in turns: {row['speedups']}"
     if row.get("setting", True) is None:
         return f"{text}: {row['why']}"
     low = sorted(row["psnr_db"])[len(row["psnr_db"]) // 10]
@@ -254,25 +317,38 @@ def summary(contents: list[Row]) -> Row:
     """Return for each model and budget the share within, the speed-up and the grid's best."""
     found: Row = {}
     for content in contents:
-        grid = [row for row in content["rows"] if "grid" in row and "psnr_db" in row]
+        compared = {row["compared"]: row for row in content["rows"] if "speedups" in row}
         for row in content["rows"]:
             if "budget" not in row or "within" not in row:
                 continue
-            good = [g for g in grid if share_within(g["psnr_db"], row["budget"]) >= PROMISED]
-            best = max(good, key=lambda g: g["speedup"], default=None)
-            fastest = max(1.0, best["speedup"] if best else 1.0)
-            found.setdefault(content["model"], {})[f"{row['budget']:g}"] = {
+            of_model = found.setdefault(content["model"], {})
+            of_model[f"{row['budget']:g}"] = {
                 "chosen": row.get("name", "dense"),
                 "within": row["within"],
                 "promise_kept": row["within"] >= PROMISED,
                 "speedup": round(row["speedup"], 3),
-                "best_of_grid": None if best is None else best["name"],
-                "best_speedup": round(fastest, 3),
-                "of_best": round(row["speedup"] / fastest, 3),
-                "trials": row["trials"],
-                "grid_rows": len(grid),
+                "generations": row["generations"],
+                **_beside(row, content["rows"], compared.get(row["budget"])),
             }
     return found
+
+
+def _beside(row: Row, rows: list[Row], compared: Row | None) -> Row:
+    """Return the best of the grid for a budget, timed in turns with what was chosen."""
+    if compared is None:
+        return {}
+    speedups = compared["speedups"]
+    good = {str(_setting(each)) for each in within(rows, row["budget"])} & set(speedups)
+    best = max(good, key=lambda name: speedups[name], default=None)
+    best_speedup = speedups[best] if best else 1.0
+    speedup = speedups.get(row.get("name"), 1.0)
+    return {
+        "in_turns": speedup,
+        "best_of_grid": best,
+        "best_in_turns": best_speedup,
+        "of_best": round(speedup / best_speedup, 3),
+        "grid_rows": sum("grid" in each and "psnr_db" in each for each in rows),
+    }
 
 
 def main() -> None:

@@ -215,8 +215,15 @@ def calibrate_for(
     )
 
 
-def bundled_calls(pipe: Any, which: Sequence[int] = (0, 32)) -> list[PipelineCall]:
-    """Return a call with some of the fixed prompts of a bundled model, with its settings.
+def bundled_calls(
+    pipe: Any, which: Sequence[int] = (0, 32), batch: int | None = None
+) -> list[PipelineCall]:
+    """Return calls with some of the fixed prompts of a bundled model, with its settings.
+
+    Args:
+        pipe: of the model.
+        which: numbers of the prompts.
+        batch: prompts of a call; None: all.
 
     Raises:
         OptionError: if it is no bundled model.
@@ -234,7 +241,7 @@ def bundled_calls(pipe: Any, which: Sequence[int] = (0, 32)) -> list[PipelineCal
     requests = [
         GenerationRequest(prompt=entries[at]["prompt"], seed=at, **settings) for at in which
     ]
-    return calls_for(pipe, requests, batch=len(requests))
+    return calls_for(pipe, requests, batch or len(requests))
 
 
 class CacheProbe:

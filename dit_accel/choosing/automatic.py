@@ -39,6 +39,11 @@ _TOO_SHORT = (
     "probe_s: {}, and nothing was tried yet. Give more time, fewer prompts or fewer steps; or no "
     "budget, which takes a careful setting without trying any."
 )
+_BATCHES = (
+    "Prompts were tried together, and a cache that looks decides for a batch as a whole: it may "
+    "skip other steps where prompts are generated one by one. Give probe= a list of calls to try "
+    "that."
+)
 _USUAL_STEPS = 0.25
 """Dense first steps of all attention settings that are tried."""
 
@@ -195,6 +200,10 @@ def calibrate_auto(
     choice = choose(
         search.points, budget, refused, list(times.sources), prompts=seen.prompts, ended=ended
     )
+    methods = () if choice.chosen is None else choice.chosen.setting.methods
+    caches = any(method_class(name).kind == "cache" for name in methods)
+    if caches and any(map(_is_batch, calls)):
+        choice = replace(choice, why=f"{choice.why.removesuffix('.')}. {_BATCHES}")
     return Made(choice, {**_about(pipe), **_tried_with(general)}, seen.to_row())
 
 
@@ -213,7 +222,12 @@ def probe_for(
     count = count or PROMPTS
     texts = [entry["prompt"] for entry in fixed_prompts(world)[:: 64 // count][:count]]
     tried = [replace(request, prompt=text, seed=seed) for seed, text in enumerate(texts, 1)]
-    return calls_for(pipe, tried, len(tried) if pipe.device.type == "cuda" else 1)
+    return calls_for(pipe, tried)
+
+
+def _is_batch(call: PipelineCall) -> bool:
+    prompt = call.get("prompt")
+    return isinstance(prompt, list | tuple) and len(prompt) > 1
 
 
 def check_probe_s(probe_s: Any) -> None:
@@ -279,7 +293,7 @@ def _check_options(names: Sequence[str], options: Mapping[str, Any]) -> None:
 
 def _calls(pipe: Any, probe: PipelineCall | Sequence[PipelineCall] | None) -> list[PipelineCall]:
     if probe is None:
-        return bundled_calls(pipe, range(0, 64, 64 // PROMPTS))
+        return bundled_calls(pipe, range(0, 64, 64 // PROMPTS), batch=1)
     calls: list[PipelineCall] = [probe] if isinstance(probe, Mapping) else list(probe)
     if not calls or not all(isinstance(call, Mapping) for call in calls):
         raise OptionError("probe: give keyword arguments of pipe(...), or a list of these.")

@@ -80,6 +80,33 @@ def test_a_speed_is_reached_at_the_best_quality(counted):
     assert any("magcache" in name for name in choice.refused)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_a_cache_that_was_tried_on_a_batch_says_so(together, counted):
+    pipe, call = TINY_PIPELINES["flux"][0](), probe_of("flux")
+    each = {"prompt": call["prompt"], "generator": call["generator"]}
+    apart = [
+        call | {"prompt": prompt, "generator": seed}
+        for prompt, seed in zip(*each.values(), strict=True)
+    ]
+    probe = call if together else apart
+    accelerate_pipeline(pipe, ["taylorseer", "easycache"], target_speedup=1.3, probe=probe)
+    choice = acceleration_report(pipe).choice
+    assert choice.chosen is not None
+    assert ("decides for a batch as a whole" in choice.why) == together
+
+
+def test_the_fixed_prompts_of_a_bundled_model_are_tried_one_by_one():
+    from dit_accel.choosing.automatic import PROMPTS, probe_for
+    from dit_accel.generation import GenerationRequest
+    from dit_accel.models import load_pipeline
+
+    pipe = load_pipeline("tiny-sd3")
+    request = GenerationRequest(prompt="a red circle", steps=4)
+    calls = probe_for(pipe, request)
+    assert len(calls) == PROMPTS
+    assert all(len(call["prompt"]) == 1 for call in calls)
+
+
 def test_a_second_budget_is_served_from_what_was_measured(counted, cache_home, monkeypatch):
     pipe = TINY_PIPELINES["wan"][0]()
     methods, given = (
