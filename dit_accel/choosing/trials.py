@@ -106,6 +106,8 @@ class Seen:
         return cls(place, row["layers"], row["steps"], row["dense_s"], row["prompts"])
 
 
+_PACE_STEPS = 4
+
 Hopeless = Callable[[Sequence[float], Sequence[float], float, int, float], bool]
 """Whether a setting is given up; see `Budget.hopeless`."""
 
@@ -145,6 +147,7 @@ class Trials:
         self._points: dict[str, Point] = {}
         self.seen: Seen | None = None
         self._dense: list[Generated] = []
+        self._dense_pace_s = 0.0
         self._done = 0
         self._probe_s, self._began = probe_s, time.monotonic()
 
@@ -170,8 +173,10 @@ class Trials:
         """Return what the pipeline makes without any acceleration, generated once."""
         if not self._dense:
             self._warm_up()
+            pace_s = self._pace_s()
             with _Look(self.pipe) as look:
                 dense = [self._generate_in_time(call, i) for i, call in enumerate(self.calls)]
+            self._dense_pace_s = (pace_s + self._pace_s()) / 2
             prompts = sum(len(one.latents) for one in dense)
             self.seen = self.seen or look.seen(sum(one.seconds for one in dense), prompts)
             self._dense = dense
@@ -209,16 +214,16 @@ class Trials:
 
     def _measure(self, setting: Setting, to_beat: float) -> Point:
         accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
-        if not self._dense:  # only now: what can't be attached is refused before a long run
-            restore_pipeline(self.pipe)
-            self.generate_dense()
-            accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
+        restore_pipeline(self.pipe)  # what can't be attached is refused before a long run
+        self.generate_dense()
+        slower = self._pace_s() / self._dense_pace_s  # the machine, than it was then
+        accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
         if self.pipe.device.type == "cuda":
             self._warm_up()
         with warnings.catch_warnings():
             # That a setting is slow is what is to be found out.
             warnings.simplefilter("ignore", SpeedWarning)
-            seconds, dense_s, psnr_db, error = self._compare(to_beat)
+            seconds, dense_s, psnr_db, error = self._compare(to_beat, slower)
         report = acceleration_report(self.pipe)
         skipped = report.blocks_skipped
         return Point(
@@ -232,8 +237,13 @@ class Trials:
             self.predict(setting),
         )
 
-    def _compare(self, to_beat: float) -> tuple[float, float, list[float], list[float]]:
-        """Generate until it is hopeless; return both times, and PSNR and error of each prompt."""
+    def _compare(
+        self, to_beat: float, slower: float
+    ) -> tuple[float, float, list[float], list[float]]:
+        """Generate until it is hopeless; return both times, and PSNR and error of each prompt.
+
+        Dense generations are taken to last so many times as long as they did.
+        """
         seconds = dense_s = 0.0
         psnr_db: list[float] = []
         error: list[float] = []
@@ -241,7 +251,7 @@ class Trials:
         for call, dense in zip(self.calls, self._dense, strict=True):
             self._check_time()
             made = self._generate(call)
-            seconds, dense_s = seconds + made.seconds, dense_s + dense.seconds
+            seconds, dense_s = seconds + made.seconds, dense_s + slower * dense.seconds
             for frames, wanted in zip(made.frames, dense.frames, strict=True):
                 psnr_db.append(min(psnr(frames.float(), wanted.float()), MOST_DB))
             for latents, wanted in zip(made.latents, dense.latents, strict=True):
@@ -269,16 +279,24 @@ class Trials:
 
     def _warm_up(self) -> None:
         """Run two steps, so that no time is spent on kernels, plans and first allocations later."""
-        self._run({**self.calls[0], "num_inference_steps": 2})
+        self._run({**self.calls[0], "num_inference_steps": 2}, self.decode)
+
+    def _pace_s(self) -> float:
+        """Return the seconds of a few dense steps, which tell how fast the machine is now.
+
+        A GPU gets hot, and others may use the machine: a time from minutes ago is none to compare
+        with.
+        """
+        return self._run({**self.calls[0], "num_inference_steps": _PACE_STEPS}, False).seconds
 
     def _generate(self, call: Mapping[str, Any]) -> Generated:
-        made = self._run(call)
+        made = self._run(call, self.decode)
         self._done += 1
         if self.progress is not None:
             self.progress("generations to try settings", self._done, 0)
         return made
 
-    def _run(self, call: Mapping[str, Any]) -> Generated:
+    def _run(self, call: Mapping[str, Any], decode: bool) -> Generated:
         arguments = {k: v for k, v in call.items() if k not in ("generator", "output_type")}
         configured = dict(getattr(self.pipe, "_progress_bar_config", {}))
         try:
@@ -286,12 +304,12 @@ class Trials:
                 self.pipe,
                 arguments,
                 generators(call.get("generator", 0)),
-                output_type="pt" if self.decode else "latent",
+                output_type="pt" if decode else "latent",
             )
         finally:
             self.pipe.set_progress_bar_config(**configured)
         frames: list[Tensor] = []
-        if self.decode:
+        if decode:
             made = output.frames if hasattr(output, "frames") else output.images[:, None]
             # Half precision is 20 dB finer than the 8 bits that will be written.
             frames = list(made.to(torch.float16).cpu())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,7 @@ def counted(monkeypatch):
         return trials.Generated(made.frames, made.latents, share)
 
     monkeypatch.setattr(trials.Trials, "_generate", counting)
+    monkeypatch.setattr(trials.Trials, "_pace_s", lambda self: 1.0)
     monkeypatch.setattr(trials.Prediction, "__call__", lambda self, setting: None)
 
 
@@ -145,6 +147,26 @@ def test_hopeless_settings_cost_few_prompts_and_are_measured_anew_for_another_bu
     assert len(whole.error) == 4
     assert whole.error[0] == pytest.approx(given_up.error[0])
     assert not hasattr(pipe, "_dit_accel")
+
+
+def test_a_machine_that_became_slower_is_not_held_against_a_setting(counted, monkeypatch):
+    generate, paces = trials.Trials._generate, iter((1.0, 1.0, 1.0, 2.0))
+
+    def slowing(self, call):
+        made = generate(self, call)
+        return trials.Generated(made.frames, made.latents, made.seconds * machine[0])
+
+    pipe, machine = TINY_PIPELINES["flux"][0](), [1.0]
+    setting = Setting(("taylorseer",), {"taylorseer": {"interval": 4}})
+    monkeypatch.setattr(trials.Trials, "_generate", slowing)
+    monkeypatch.setattr(trials.Trials, "_pace_s", lambda self: next(paces))
+    run = trials.Trials(pipe, [probe_of("flux")], decode=False)
+    usual = run.measure(setting)
+    machine[0] = 2.0
+    other = run.measure(replace(setting, options={"taylorseer": {"interval": 5}}))
+    assert other.seconds > usual.seconds
+    assert other.speedup == pytest.approx(1 / other.blocks_run)
+    assert usual.speedup == pytest.approx(1 / usual.blocks_run)
 
 
 @pytest.fixture
