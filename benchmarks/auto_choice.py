@@ -283,9 +283,9 @@ def measure_model(model: str, args: argparse.Namespace) -> Row:
         return True
 
     todo = [(bench.choose, {"budget": budget}) for budget in args.budgets]
-    if not all(run(*task) for task in todo) or args.no_grid:
+    if not all(run(*task) for task in todo):
         return results.content
-    for stage in (None, 0, 2, "pairs", 1, 3):
+    for stage in () if args.no_grid else (None, 0, 2, "pairs", 1, 3):
         settings: list[Setting] = []
         if isinstance(stage, str):
             for budget in args.budgets:
@@ -362,7 +362,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="dB")
     parser.add_argument("--prompts", type=int, default=32, help="held out, at most 32")
     parser.add_argument("--tried", type=int, default=16, help="at most 32")
-    parser.add_argument("--no-grid", action="store_true", help="no grid search")
+    parser.add_argument("--no-grid", action="store_true", help="go no further with the grid")
     parser.add_argument("--seconds", type=float, help="begin no row of a model after this long")
     add_sizes(parser)
     add_machine_and_files(parser, dtype="float32")
