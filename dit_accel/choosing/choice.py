@@ -26,7 +26,7 @@ class Point:
     Attributes:
         setting: what was run.
         seconds: of the denoising loops.
-        speedup: over the dense pipeline's.
+        speedup: over the dense pipeline's; of what could be chosen, as timed a second time.
         psnr_db: of each prompt's frames against dense, at most 100; empty where none were decoded.
         error: of each prompt's last latents, mean|a - dense| / mean|dense|.
         density: share of attention pairs computed, dense calls counted as 1; None: not recorded.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -106,7 +106,8 @@ class Seen:
         return cls(place, row["layers"], row["steps"], row["dense_s"], row["prompts"])
 
 
-_PACE_STEPS = 4
+_CONFIRM_S = 2.0
+"""Seconds of dense generations that are run again, at least one, to confirm a speed."""
 
 Hopeless = Callable[[Sequence[float], Sequence[float], float, int, float], bool]
 """Whether a setting is given up; see `Budget.hopeless`."""
@@ -147,7 +148,6 @@ class Trials:
         self._points: dict[str, Point] = {}
         self.seen: Seen | None = None
         self._dense: list[Generated] = []
-        self._dense_pace_s = 0.0
         self._done = 0
         self._probe_s, self._began = probe_s, time.monotonic()
 
@@ -173,10 +173,8 @@ class Trials:
         """Return what the pipeline makes without any acceleration, generated once."""
         if not self._dense:
             self._warm_up()
-            pace_s = self._pace_s()
             with _Look(self.pipe) as look:
                 dense = [self._generate_in_time(call, i) for i, call in enumerate(self.calls)]
-            self._dense_pace_s = (pace_s + self._pace_s()) / 2
             prompts = sum(len(one.latents) for one in dense)
             self.seen = self.seen or look.seen(sum(one.seconds for one in dense), prompts)
             self._dense = dense
@@ -205,61 +203,80 @@ class Trials:
 
     def _wants_more(self, known: Point, to_beat: float) -> bool:
         """Whether a trial was ended early that would not end so now, under another budget."""
-        prompts = self.look().prompts
-        if len(known.error) == prompts:
+        if len(known.error) == self.look().prompts:
             return False
-        return self.hopeless is None or not self.hopeless(
-            known.psnr_db, known.error, known.speedup, prompts, to_beat
+        return not self._is_hopeless(known, to_beat)
+
+    def _is_hopeless(self, point: Point, to_beat: float) -> bool:
+        return self.hopeless is not None and self.hopeless(
+            point.psnr_db, point.error, point.speedup, self.look().prompts, to_beat
         )
+
+    def _may_be_chosen(self, point: Point, to_beat: float) -> bool:
+        whole = self.hopeless is not None and len(point.error) == self.look().prompts
+        return whole and point.speedup > to_beat and not self._is_hopeless(point, to_beat)
 
     def _measure(self, setting: Setting, to_beat: float) -> Point:
         accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
-        restore_pipeline(self.pipe)  # what can't be attached is refused before a long run
-        self.generate_dense()
-        slower = self._pace_s() / self._dense_pace_s  # the machine, than it was then
-        accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
+        if not self._dense:  # only now: what can't be attached is refused before a long run
+            restore_pipeline(self.pipe)
+            self.generate_dense()
+            accelerate_pipeline(self.pipe, list(setting.methods), **setting.options)
         if self.pipe.device.type == "cuda":
             self._warm_up()
         with warnings.catch_warnings():
             # That a setting is slow is what is to be found out.
             warnings.simplefilter("ignore", SpeedWarning)
-            seconds, dense_s, psnr_db, error = self._compare(to_beat, slower)
-        report = acceleration_report(self.pipe)
-        skipped = report.blocks_skipped
-        return Point(
-            setting,
-            seconds,
-            dense_s / seconds,
-            tuple(psnr_db),
-            tuple(error),
-            report.block_density,
-            None if skipped is None else 1 - skipped,
-            self.predict(setting),
-        )
+            point, times = self._compare(setting, to_beat)
+            if self._may_be_chosen(point, to_beat):
+                point = replace(point, speedup=point.speedup * self._confirmed(times))
+        return point
 
-    def _compare(
-        self, to_beat: float, slower: float
-    ) -> tuple[float, float, list[float], list[float]]:
-        """Generate until it is hopeless; return both times, and PSNR and error of each prompt.
-
-        Dense generations are taken to last so many times as long as they did.
-        """
-        seconds = dense_s = 0.0
+    def _compare(self, setting: Setting, to_beat: float) -> tuple[Point, list[float]]:
+        """Generate until it is hopeless; return what was seen, and the seconds of each call."""
+        times: list[float] = []
         psnr_db: list[float] = []
         error: list[float] = []
-        prompts = self.look().prompts
+        dense_s = 0.0
         for call, dense in zip(self.calls, self._dense, strict=True):
             self._check_time()
             made = self._generate(call)
-            seconds, dense_s = seconds + made.seconds, dense_s + slower * dense.seconds
+            times.append(made.seconds)
+            dense_s += dense.seconds
             for frames, wanted in zip(made.frames, dense.frames, strict=True):
                 psnr_db.append(min(psnr(frames.float(), wanted.float()), MOST_DB))
             for latents, wanted in zip(made.latents, dense.latents, strict=True):
                 error.append(relative_l1(latents, wanted))
-            speedup = dense_s / seconds
-            if self.hopeless and self.hopeless(psnr_db, error, speedup, prompts, to_beat):
+            seconds = sum(times)
+            point = Point(setting, seconds, dense_s / seconds, tuple(psnr_db), tuple(error))
+            if self._is_hopeless(point, to_beat):
                 break
-        return seconds, dense_s, psnr_db, error
+        report = acceleration_report(self.pipe)
+        skipped = report.blocks_skipped
+        seen = replace(
+            point,
+            density=report.block_density,
+            blocks_run=None if skipped is None else 1 - skipped,
+            predicted=self.predict(setting),
+        )
+        return seen, times
+
+    def _confirmed(self, times: Sequence[float]) -> float:
+        """Return by how much the pipeline's speed-up is better than it seemed.
+
+        What seems the fastest of many is often what was timed at a lucky moment, and the machine
+        may be another one by now than when the dense generations ran: it got hot, or others use it.
+        So some calls are timed once more, accelerated and then densely.
+        """
+        calls, dense_s = 0, 0.0
+        while calls < len(self.calls) and dense_s < _CONFIRM_S:
+            dense_s, calls = dense_s + self._dense[calls].seconds, calls + 1
+        if not calls:
+            return 1.0
+        now = [self._generate(call).seconds for call in self.calls[:calls]]
+        restore_pipeline(self.pipe)
+        dense_now = [self._generate(call).seconds for call in self.calls[:calls]]
+        return sum(dense_now) / sum(now) / (dense_s / sum(times[:calls]))
 
     def _check_time(self) -> None:
         if self._probe_s is not None and time.monotonic() - self._began > self._probe_s:
@@ -279,24 +296,16 @@ class Trials:
 
     def _warm_up(self) -> None:
         """Run two steps, so that no time is spent on kernels, plans and first allocations later."""
-        self._run({**self.calls[0], "num_inference_steps": 2}, self.decode)
-
-    def _pace_s(self) -> float:
-        """Return the seconds of a few dense steps, which tell how fast the machine is now.
-
-        A GPU gets hot, and others may use the machine: a time from minutes ago is none to compare
-        with.
-        """
-        return self._run({**self.calls[0], "num_inference_steps": _PACE_STEPS}, False).seconds
+        self._run({**self.calls[0], "num_inference_steps": 2})
 
     def _generate(self, call: Mapping[str, Any]) -> Generated:
-        made = self._run(call, self.decode)
+        made = self._run(call)
         self._done += 1
         if self.progress is not None:
             self.progress("generations to try settings", self._done, 0)
         return made
 
-    def _run(self, call: Mapping[str, Any], decode: bool) -> Generated:
+    def _run(self, call: Mapping[str, Any]) -> Generated:
         arguments = {k: v for k, v in call.items() if k not in ("generator", "output_type")}
         configured = dict(getattr(self.pipe, "_progress_bar_config", {}))
         try:
@@ -304,12 +313,12 @@ class Trials:
                 self.pipe,
                 arguments,
                 generators(call.get("generator", 0)),
-                output_type="pt" if decode else "latent",
+                output_type="pt" if self.decode else "latent",
             )
         finally:
             self.pipe.set_progress_bar_config(**configured)
         frames: list[Tensor] = []
-        if decode:
+        if self.decode:
             made = output.frames if hasattr(output, "frames") else output.images[:, None]
             # Half precision is 20 dB finer than the 8 bits that will be written.
             frames = list(made.to(torch.float16).cpu())

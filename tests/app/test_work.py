@@ -95,7 +95,6 @@ def counted(monkeypatch, tmp_path):
         return trials.Generated(made.frames, made.latents, 1 - (skipped or 0.0))
 
     monkeypatch.setattr(trials.Trials, "_generate", counting)
-    monkeypatch.setattr(trials.Trials, "_pace_s", lambda self: 1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

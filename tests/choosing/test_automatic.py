@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +42,6 @@ def counted(monkeypatch):
         return trials.Generated(made.frames, made.latents, share)
 
     monkeypatch.setattr(trials.Trials, "_generate", counting)
-    monkeypatch.setattr(trials.Trials, "_pace_s", lambda self: 1.0)
     monkeypatch.setattr(trials.Prediction, "__call__", lambda self, setting: None)
 
 
@@ -149,29 +147,26 @@ def test_hopeless_settings_cost_few_prompts_and_are_measured_anew_for_another_bu
     assert not hasattr(pipe, "_dit_accel")
 
 
-def test_a_machine_that_became_slower_is_not_held_against_a_setting(counted, monkeypatch):
-    generate, paces = trials.Trials._generate, iter((1.0, 1.0, 1.0, 2.0))
+@pytest.mark.parametrize(("to_beat", "times_too_fast"), [(0.0, 1), (100.0, 4)])
+def test_a_speed_is_confirmed_where_it_counts(to_beat, times_too_fast, counted, monkeypatch):
+    generate, times = trials.Trials._generate, iter((1.0, 0.25))  # dense, and a lucky one
 
-    def slowing(self, call):
+    def lucky(self, call):
         made = generate(self, call)
-        return trials.Generated(made.frames, made.latents, made.seconds * machine[0])
+        return trials.Generated(made.frames, made.latents, made.seconds * next(times, 1.0))
 
-    pipe, machine = TINY_PIPELINES["flux"][0](), [1.0]
-    setting = Setting(("taylorseer",), {"taylorseer": {"interval": 4}})
-    monkeypatch.setattr(trials.Trials, "_generate", slowing)
-    monkeypatch.setattr(trials.Trials, "_pace_s", lambda self: next(paces))
-    run = trials.Trials(pipe, [probe_of("flux")], decode=False)
-    usual = run.measure(setting)
-    machine[0] = 2.0
-    other = run.measure(replace(setting, options={"taylorseer": {"interval": 5}}))
-    assert other.seconds > usual.seconds
-    assert other.speedup == pytest.approx(1 / other.blocks_run)
-    assert usual.speedup == pytest.approx(1 / usual.blocks_run)
+    monkeypatch.setattr(trials.Trials, "_generate", lucky)
+    pipe, budget = TINY_PIPELINES["flux"][0](), Budget(max_error=5.0)
+    run = trials.Trials(pipe, [probe_of("flux")], decode=False, hopeless=budget.hopeless)
+    point = run.measure(Setting(("taylorseer",), {"taylorseer": {"interval": 4}}), to_beat)
+    assert point.speedup == pytest.approx(times_too_fast / point.blocks_run)
+    assert not hasattr(pipe, "_dit_accel")
 
 
 @pytest.fixture
 def clock(counted, monkeypatch):
-    """Let each generation take a second on the clock that limits look at."""
+    """Let each generation take a second on the clock that limits look at, and confirm no speeds."""
+    monkeypatch.setattr(trials, "_CONFIRM_S", 0.0)
     generate, now = trials.Trials._generate, [0.0]
 
     def ticking(self, call):
