@@ -4,10 +4,12 @@
 
 Needs no model: the grid's settings with their PSNR for 32 prompts are split by chance, the search
 of ``method="auto"`` runs on one part, and what it chooses is judged by the other. Pairs that are
-not in the grid count as not to be run. Prints, for each number of prompts tried and each budget:
-the mean share within it, how often that share was nine in ten or more, the speed-up over that of
-the fastest setting that a grid search on the other part finds, how many settings were tried, and
-how many generations that took where prompts are generated one by one.
+not in the grid count as not to be run. With ``--count-blocks`` a setting's speed-up is that of the
+block calls that it spared, which no other program on the machine changes; attention settings spare
+none. Prints, for each number of prompts tried and each budget: the mean share within it, how often
+that share was nine in ten or more, the speed-up over that of the fastest setting that a grid search
+on the other part finds, how many settings were tried, and how many generations that took where
+prompts are generated one by one.
 """
 
 from __future__ import annotations
@@ -38,14 +40,20 @@ class Measured(NamedTuple):
     psnr_db: np.ndarray
 
 
-def read(path: Path) -> dict[str, Measured]:
-    """Return the grid's settings by their keys; one that changes nothing has no PSNR."""
+def read(path: Path, count_blocks: bool = False) -> dict[str, Measured]:
+    """Return the grid's settings by their keys; one that changes nothing has no PSNR.
+
+    Args:
+        path: a file of `auto_choice.py`.
+        count_blocks: whether speed-ups are those in block calls.
+    """
     found = {}
     for row in json.loads(path.read_text())["rows"]:
         if "grid" in row and "psnr_db" in row:
             setting = Setting(tuple(row["grid"]["methods"]), row["grid"]["options"])
             psnr_db = np.array([MOST_DB if one is None else one for one in row["psnr_db"]])
-            found[setting.key] = Measured(setting, row["speedup"], psnr_db)
+            speedup = 1 / (row["blocks_run"] or 1.0) if count_blocks else row["speedup"]
+            found[setting.key] = Measured(setting, speedup, psnr_db)
     return found
 
 
@@ -110,9 +118,10 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--tried", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--budgets", type=float, nargs="+", default=[25, 30, 35])
+    parser.add_argument("--count-blocks", action="store_true", help="speed-ups in block calls")
     args = parser.parse_args()
     for path in args.files:
-        grid = read(path)
+        grid = read(path, args.count_blocks)
         for tried in args.tried:
             for budget in args.budgets:
                 kept, share, of_best, trials, generations = replay(grid, tried, budget)

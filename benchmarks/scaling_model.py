@@ -1,6 +1,6 @@
 """The cost model of many GPUs against what `scaling.py` measured: a table, and a plot.
 
-    python benchmarks/scaling_model.py benchmarks/results/scaling-h100.json
+    python benchmarks/scaling_model.py benchmarks/results/scaling-h200.json
     python benchmarks/scaling_model.py ... --plot scaling.svg     # needs matplotlib (extra bench)
 
 What one GPU does, and how fast GPUs exchange tokens in a node, is read from the file; how fast

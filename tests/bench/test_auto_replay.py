@@ -63,3 +63,11 @@ def test_what_is_chosen_keeps_to_the_budget(grid, auto_replay):
 def test_nothing_within_the_budget_is_dense(grid, auto_replay):
     kept, share, of_best, *_ = auto_replay.replay(grid, 16, 60)
     assert (kept, share, of_best) == (1, 1, 1)
+
+
+def test_blocks_that_were_spared_can_stand_for_speed(tmp_path, auto_replay):
+    path = tmp_path / "auto-x.json"
+    rows = [row(EASY, 1, 0.9, [40.0] * 32) | {"blocks_run": 0.4}, row(FIRST, 1, 1.2, [40.0] * 32)]
+    path.write_text(json.dumps({"rows": [rows[0], rows[1] | {"blocks_run": None}]}))
+    assert [one.speedup for one in auto_replay.read(path).values()] == [0.9, 1.2]
+    assert [one.speedup for one in auto_replay.read(path, True).values()] == [2.5, 1.0]
