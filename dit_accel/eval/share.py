@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,5 +51,6 @@ def join_processes(device: str = "auto") -> tuple[Share, str]:
     state = PartialState(cpu=torch.device(chosen).type == "cpu", timeout=PATIENCE)
     if state.num_processes == 1:
         return Share(), chosen
+    atexit.register(state.destroy_process_group)  # its threads may not outlive Python
     share = Share(state.process_index, state.num_processes, state.wait_for_everyone)
     return share, str(state.device)

@@ -6,6 +6,7 @@ are gathered by gloo, since a few numbers need no fast link and processes may sh
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -28,6 +29,7 @@ class Processes:
             from accelerate import PartialState
 
             state = PartialState(cpu=True, backend="gloo", timeout=_PATIENCE)
+            atexit.register(state.destroy_process_group)  # its threads may not outlive Python
             self.count, self.index = state.num_processes, state.process_index
             self.local_index = state.local_process_index
 

@@ -33,7 +33,8 @@ def test_launched_processes_share_items_and_know_all_results(tmp_path):
     ran = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          script],
-        capture_output=True, text=True, check=True, cwd=ROOT,
+        capture_output=True, text=True, check=False, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
     assert ran.stdout == '[["a", 0], ["b", 0], ["c", 0], ["d", 1], ["e", 1]]'
