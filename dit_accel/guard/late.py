@@ -27,9 +27,9 @@ class LateLook:
             layers: whose calls nobody waited for.
         """
         total = output.sum(dtype=torch.float32).to("cpu", non_blocking=True)  # pinned, if on a GPU
-        event = torch.cuda.Event() if output.is_cuda else None
-        if event is not None:
-            event.record()
+        event = None
+        if output.is_cuda:  # of the output's device, which may not be the current one
+            event = torch.cuda.current_stream(output.device).record_event()
         self._asked = total, event, layers
 
     def read(self) -> list[int]:
