@@ -9,10 +9,8 @@ import torch
 
 from dit_accel.guard.late import LateLook
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("value", [1.0, math.nan, math.inf, -math.inf])
 def test_one_value_that_is_not_finite_is_told_once(value, dtype, device):
