@@ -110,7 +110,6 @@ class ModelBench:
     def choose(self, task: Mapping[str, Any]) -> Row:
         """Calibrate for a budget, choose, and generate the held-out prompts so."""
         budget, trials = Budget(min_psnr=task["budget"]), self.trials("tried")
-        trials.look()
         before, generated = len(trials.points), self._generated
         began, trials.hopeless = time.monotonic(), budget.hopeless
         search = Search(budget, self.lines(), trials.measure, trials.predict)
@@ -139,7 +138,7 @@ class ModelBench:
 
     def grid(self, task: Mapping[str, Any]) -> Row:
         """Measure a setting of the grid on the held-out prompts."""
-        return self.held(_setting(task))
+        return self.held(_setting(task["grid"]))
 
     def compare(self, task: Mapping[str, Any], rows: list[Row]) -> Row:
         """Time what was chosen for a budget in turns with the fastest of the grid within it."""
@@ -148,10 +147,10 @@ class ModelBench:
         good = keeping_to(budget, rows)
         fastest = sorted(good, key=lambda row: -row["speedup"])[:CONTENDERS]
         leanest = sorted(good, key=lambda row: row["blocks_run"] or 1.0)[:CONTENDERS]
-        settings = {str(setting): setting for setting in map(_setting, fastest + leanest)}
+        told = [row["grid"] for row in fastest + leanest]
         if chosen.get("setting") is not None:
-            setting = _setting({"grid": chosen["setting"]})
-            settings.setdefault(str(setting), setting)
+            told.append(chosen["setting"])
+        settings = {str(setting): setting for setting in map(_setting, told)}
         return {"chosen": chosen.get("name"), "speedups": self.in_turns(settings)}
 
     def in_turns(self, settings: Mapping[str, Setting]) -> dict[str, float]:
@@ -227,7 +226,7 @@ def singles(bench: ModelBench, rows: list[Row], offset: int | None) -> Iterator[
     strongest value pays: what is weaker is slower.
     """
     trials = bench.trials("held_out")
-    speedups = {_setting(row).key: row["speedup"] for row in rows if "psnr_db" in row}
+    speedups = {_setting(row["grid"]).key: row["speedup"] for row in rows if "psnr_db" in row}
     for line in bench.lines():
         strongest = line.at(-1)
         told = speedups.get(strongest.key, trials.predict(strongest))
@@ -239,8 +238,8 @@ def singles(bench: ModelBench, rows: list[Row], offset: int | None) -> Iterator[
             yield from (line.at(index) for index in range(offset, len(line.values), 4))
 
 
-def _setting(row: Mapping[str, Any]) -> Setting:
-    return Setting(tuple(row["grid"]["methods"]), row["grid"]["options"])
+def _setting(told: Mapping[str, Any]) -> Setting:
+    return Setting(tuple(told["methods"]), told["options"])
 
 
 def pairs(rows: list[Row], budget: float) -> list[Setting]:
@@ -259,7 +258,7 @@ def pairs(rows: list[Row], budget: float) -> list[Setting]:
             if share_within(psnr, budget - 1) >= PROMISED:
                 expected.append((one["speedup"] * other["speedup"], one["grid"], other["grid"]))
     expected.sort(key=lambda pair: -pair[0])
-    made = [[Setting(tuple(x["methods"]), x["options"]) for x in pair[1:]] for pair in expected]
+    made = [list(map(_setting, pair[1:])) for pair in expected]
     return [together(*pair) for pair in made[:PAIRS]]
 
 
@@ -343,8 +342,8 @@ def _beside(row: Row, rows: list[Row], compared: Row | None) -> Row:
     if compared is None:
         return {}
     speedups = compared["speedups"]
-    good = {str(_setting(each)) for each in keeping_to(row["budget"], rows)} & set(speedups)
-    best = max(good, key=lambda name: speedups[name], default=None)
+    good = {str(_setting(each["grid"])) for each in keeping_to(row["budget"], rows)}
+    best = max(good & set(speedups), key=lambda name: speedups[name], default=None)
     best_speedup = speedups[best] if best else 1.0
     speedup = speedups.get(row.get("name"), 1.0)
     return {

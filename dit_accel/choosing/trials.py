@@ -125,9 +125,11 @@ class Trials:
         calls: keyword arguments of ``pipe(...)``; see `dit_accel.calibration`.
         decode: whether frames are compared, or latents alone.
         predict: foretells a setting's speed-up, for the record.
-        hopeless: ends a setting's trial before all prompts are run; None: none ends early.
+        hopeless: ends a setting's trial before all prompts are run; None: none ends early, and no
+            speed is confirmed, for nothing is to be chosen.
         probe_s: seconds from now after which `OutOfTime` is raised in place of a generation, or as
-            soon as it is clear that the dense ones will take longer; None: never.
+            soon as it is clear that the dense ones will take longer; None: never. Speeds are
+            confirmed all the same.
         progress: told of every generation.
     """
 
@@ -262,7 +264,7 @@ class Trials:
         return seen, times
 
     def _confirmed(self, times: Sequence[float]) -> float:
-        """Return by how much the pipeline's speed-up is better than it seemed.
+        """Return how many times its first speed-up the accelerated pipeline reaches now.
 
         What seems the fastest of many is often what was timed at a lucky moment, and the machine
         may be another one by now than when the dense generations ran: it got hot, or others use it.

@@ -98,6 +98,7 @@ class Guard:
     def enter(self, transformer: int, moment: Moment, parallel_config: Any) -> None:
         """A transformer, given by its id, is about to run."""
         self._transformer, self._parallel = transformer, parallel_config
+        self._unwaited.clear()  # an interrupt may have spared the forward before its `leave`
         step, steps = moment.step, moment.num_steps
         self._last = step is None or steps is None or step + 1 >= steps
         if step is None:  # no denoising loop: what was seen before has nothing to do with this
@@ -407,9 +408,8 @@ def probe_sums(
 def sums_of_squares(output: Tensor, dense: Tensor) -> Tensor:
     """Return |output - dense|^2 and |dense|^2 of ``[B, R, H, D]`` as float32 ``[2, B, H]``."""
     dense = dense.float()
-    wrong = output - dense
-    each = (x.square().sum((1, 3), dtype=torch.float32) for x in (wrong, dense))
-    return torch.stack([*each])
+    both = output - dense, dense
+    return torch.stack([x.square().sum((1, 3), dtype=torch.float32) for x in both])
 
 
 def repaired(output: Tensor, heads: Sequence[int], dense: Callable[[Heads], Tensor]) -> Tensor:
